@@ -1,0 +1,57 @@
+"""Algorithms choose the codes of one weight: (W, scheme, stats, options, notes) -> QuantizedTensor.
+
+Adding one is a file and an entry in ALGORITHMS; tests/algorithms/test_contract.py then runs on it by itself. An algorithm never changes its
+input, is deterministic, and writes what deviated (raised damping, a fallback) to notes, which end up in the provenance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import RecipeError
+from ..recipe import from_dict
+from ..scheme import INT, Scheme
+from ..tensor import QuantizedTensor
+from .gptq import GptqOptions, gptq
+from .rtn import RtnOptions, rtn
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """run: see the module. options: its dataclass. needs: the statistics it asks for, given its options. formats: None for all.
+
+    rowwise: each output row is quantized on its own, so layers that share an input can be done in one call.
+    """
+
+    run: Callable[..., QuantizedTensor]
+    options: type
+    needs: Callable[[object], tuple[str, ...]]
+    formats: tuple[str, ...] | None
+    rowwise: bool
+    description: str
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "rtn": Algorithm(rtn, RtnOptions, lambda o: ("sum_sq",) if o.weighted else (), None, True, "round to nearest; no data needed (with weighted=true: calibrated)"),
+    "gptq": Algorithm(gptq, GptqOptions, lambda o: ("hessian",), (INT,), True, "error feedback through the Hessian of the layer's inputs; needs calibration text"),
+}
+
+
+def algorithm(name: str) -> Algorithm:
+    """The table entry of an algorithm, or RecipeError naming those there are."""
+    if name not in ALGORITHMS:
+        raise RecipeError(f"algorithm {name!r} is not known; expected one of {', '.join(ALGORITHMS)}.")
+    return ALGORITHMS[name]
+
+
+def make_options(name: str, options: dict) -> object:
+    """The options of an algorithm from plain data; unknown keys and wrong values are RecipeErrors."""
+    return from_dict(algorithm(name).options, options, where=f"options of {name}")
+
+
+def check_format(name: str, scheme: Scheme) -> None:
+    """Raise RecipeError when an algorithm cannot make a number format."""
+    formats = algorithm(name).formats
+    if formats is not None and scheme.format not in formats:
+        raise RecipeError(f"{name} makes {', '.join(formats)} and not {scheme.format}; use rtn for {scheme.format}.")

@@ -1,0 +1,69 @@
+"""Bytes on disk <-> weights: opening any checkpoint lazily, and writing one in the layout that a target's programs load.
+
+Each convention of the world (nibble order, zero-points, row permutations) lives in the one file of its format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError, RecipeError
+from ..scheme import Scheme
+from . import compressed_tensors, gguf, safetensors
+from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
+
+__all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "open_checkpoint", "target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layout that lowbit writes.
+
+    write: (checkpoint, path, progress) -> None; path is an empty folder, or a file to make when suffix is given.
+    check: (scheme, shape, name) -> None; raises before work when the layout cannot hold such a matrix, naming what fits.
+    """
+
+    write: Callable[..., None]
+    check: Callable[[Scheme, tuple[int, int], str], None]
+    default_recipe: str
+    consumers: str
+    suffix: str = ""
+
+
+TARGETS: dict[str, Target] = {
+    "compressed-tensors": Target(
+        compressed_tensors.write, compressed_tensors.check, "int4-sym-g64-gptq", "vLLM; transformers with the compressed-tensors package"
+    ),
+    "gguf": Target(gguf.write, gguf.check, "int4-sym-g32-gptq", "llama.cpp, Ollama, LM Studio, transformers", suffix=".gguf"),
+    "safetensors": Target(safetensors.write_folder, lambda scheme, shape, name: None, "int4-sym-g64-gptq", "anything: dense weights that lie on the grid"),
+}
+
+
+def target(name: str) -> Target:
+    """The table entry of a target, or RecipeError naming those there are."""
+    if name not in TARGETS:
+        raise RecipeError(f"target {name!r} is not known; expected one of {', '.join(TARGETS)}.")
+    return TARGETS[name]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a GGUF file or a model folder (dense or compressed-tensors); reads headers only."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return gguf.open_file(path)
+        raise CheckpointError(f"{path} is a file; expected a folder in the Hugging Face layout or a .gguf file.")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist.")
+    ggufs = sorted(path.glob("*.gguf"))
+    if not (path / "config.json").is_file() and ggufs:
+        if len(ggufs) == 1:
+            return gguf.open_file(ggufs[0])
+        raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files; name one of them, e.g. {ggufs[0]}.")
+    method = (safetensors.read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+    if method is None:
+        return safetensors.open_folder(path)
+    if method == "compressed-tensors":
+        return compressed_tensors.open_folder(path)
+    raise CheckpointError(f"{path} is quantized with {method!r}, which this version does not read; it reads dense folders, compressed-tensors and GGUF.")

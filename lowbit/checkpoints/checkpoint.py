@@ -1,0 +1,87 @@
+"""A model on disk, opened lazily: headers are read, weights are loaded one by one when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from ..scheme import Scheme
+from ..tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A dense tensor that is not loaded yet. read(start, stop) gives rows of its first axis (of a scalar: all of it)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[int, int], Tensor]
+
+    def load(self) -> Tensor:
+        return self.read(0, self.shape[0] if self.shape else 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class LazyQuantized:
+    """A quantized matrix that is not loaded yet. dtype: of the weight it stands for. nbytes: as it lies in the file."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    load: Callable[[], QuantizedTensor]
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of any kind, under Hugging Face names.
+
+    kind: "safetensors", "gguf", "compressed-tensors". path: the folder or file. config: the contents of config.json.
+    tensors: dense tensors by checkpoint name ("model.norm.weight"); quantized: matrices by the name of the weight they replace.
+    A name is in one of the two. files: tokenizer, chat template and generation_config, to be copied beside a result.
+    provenance: what made it, if it says. tied: whether the head shares the embedding (then only the embedding is stored).
+    """
+
+    kind: str
+    path: Path
+    config: dict
+    tensors: Mapping[str, LazyTensor]
+    quantized: Mapping[str, LazyQuantized] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    provenance: dict = field(default_factory=dict)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, as if it were dense."""
+        return {**{name: t.shape for name, t in self.tensors.items()}, **{name: q.shape for name, q in self.quantized.items()}}
+
+    def dense(self, name: str) -> Tensor:
+        """One weight as a dense tensor; a quantized one is decoded to the dtype it stands for."""
+        if name in self.tensors:
+            return self.tensors[name].load()
+        entry = self.quantized[name]
+        return numerics.dequantize(entry.load()).to(entry.dtype)
+
+    def lazy(self, name: str) -> LazyTensor:
+        """One weight as a lazy dense tensor."""
+        if name in self.tensors:
+            return self.tensors[name]
+        entry = self.quantized[name]
+        return LazyTensor(entry.shape, entry.dtype, lambda start, stop: self.dense(name)[start:stop])
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors as they lie in the file."""
+        return sum(t.nbytes for t in self.tensors.values()) + sum(q.nbytes for q in self.quantized.values())

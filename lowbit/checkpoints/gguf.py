@@ -1,0 +1,722 @@
+"""GGUF files, version 3: the container of llama.cpp, holding weights, metadata and tokenizer.
+
+    "GGUF"  u32 version  u64 n_tensors  u64 n_kv
+    n_kv times       string key, u32 type, value          string: u64 bytes, UTF-8; array: u32 type, u64 count, values
+    n_tensors times  string name, u32 n_dims, u64 dims (fastest first), u32 ggml type, u64 offset
+    zeros up to general.alignment (32), then the tensors, each padded to it
+
+Files are memory-mapped; the header is checked against the file's size before anything is read by it. Metadata is kept as the bytes
+in the file and decoded when asked for, so that copying it changes nothing. Specification: ggml/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from ..errors import CheckpointError, RecipeError, ShapeError
+from ..numerics import ggml
+from ..scheme import CASTS, INT, Scheme
+from ..tensor import QuantizedTensor
+from . import gguf_arch, gguf_tokenizer
+from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
+from .gguf_arch import ROPE_TENSORS, Arch, Place
+
+__all__ = ["check", "fallback", "open_file", "read_header", "supported", "write", "write_tokenizer"]
+
+PROVENANCE = "lowbit.provenance"
+_MAGIC = b"GGUF"
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_TYPE_IDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
+_DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
+_DENSE_IDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+_BLOCK_NAMES = {kind.type_id: name for name, kind in ggml.BLOCK_TYPES.items()}
+_STANDS_FOR = "float16"  # what a quantized tensor of unknown origin is decoded to
+_CHUNK = 1 << 22  # weights decoded at once by gguf-py
+
+# llama-quantize's substitutes for a row that a type's blocks do not divide (formats.md, section 16).
+_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+
+# general.file_type, which programs only show: of one type throughout, and of a mixture led by it.
+_FILE_TYPES = {
+    "float32": (0, 0), "float16": (1, 1), "bfloat16": (32, 32), "q4_0": (2, 2), "q4_1": (3, 3), "q5_0": (8, 8), "q5_1": (9, 9),
+    "q8_0": (7, 7), "q2_k": (21, 10), "q3_k": (11, 12), "q4_k": (14, 15), "q5_k": (16, 17), "q6_k": (18, 18),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file. shape: in torch's order. rows: its bytes, uint8 [first axis (or all rows of a stack), row bytes], memory-mapped."""
+
+    name: str
+    type_id: int
+    shape: tuple[int, ...]
+    rows: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.size
+
+
+@dataclass(frozen=True)
+class Header:
+    """A GGUF file without its weights. raw: each key's type and value as bytes of the file."""
+
+    path: Path
+    raw: Mapping[str, bytes]
+    tensors: Mapping[str, TensorInfo]
+
+    def get(self, key: str, default=None):
+        """The value of a key, decoded."""
+        if key not in self.raw:
+            return default
+        try:
+            return _decode(self.raw[key])
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path}: the metadata {key} is not UTF-8 text: {error}.") from error
+
+
+class _Metadata(Mapping):
+    """A header's metadata as a mapping that decodes on demand."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+
+    def __getitem__(self, key: str):
+        if key not in self._header.raw:
+            raise KeyError(key)
+        return self._header.get(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header.raw)
+
+    def __len__(self) -> int:
+        return len(self._header.raw)
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Open a GGUF file (of a split one, any of its parts) lazily, under Hugging Face names and in Hugging Face's layout.
+
+    Block types of numerics.ggml become LazyQuantized; other quantized types (IQ*, TQ*, MXFP4) are decoded to float16 when read, as are
+    matrices that Hugging Face stores transposed (GPT-2). files is empty: the tokenizer is inside, see write_tokenizer.
+    """
+    header = read_header(path)
+    arch, metadata = _arch(header), _Metadata(header)
+    if "token_embd.weight" not in header.tensors:
+        raise CheckpointError(f"{path} holds no token_embd.weight; it is not a whole language model.")
+    config = _config(header, arch, metadata)
+    tensors: dict[str, LazyTensor] = {}
+    quantized: dict[str, LazyQuantized] = {}
+    for info in header.tensors.values():
+        if info.name in ROPE_TENSORS:
+            continue
+        for name, entry in _entries(info, arch, config):
+            (quantized if isinstance(entry, LazyQuantized) else tensors)[name] = entry
+    return Checkpoint("gguf", path, config, tensors, quantized, provenance=_provenance(header))
+
+
+def _arch(header: Header) -> Arch:
+    name = header.get("general.architecture")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{header.path}: the metadata lacks general.architecture; the file is not a model.")
+    return gguf_arch.find_named(name, _Metadata(header))
+
+
+def _config(header: Header, arch: Arch, metadata: Mapping) -> dict:
+    rope_data = {name: _dense(header.tensors[name]).load() for name in ROPE_TENSORS if name in header.tensors}
+    rows = header.tensors["token_embd.weight"].shape[0]
+    try:
+        config = gguf_arch.config_from(arch, metadata, header.tensors, rows, rope_data)
+        for leaf in arch.permuted:
+            gguf_arch.heads(arch, leaf, config)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{header.path}: its metadata has values of the wrong kind: {error}.") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{header.path}: {error}") from error
+    return {**config, "dtype": _model_dtype(header)}
+
+
+def _model_dtype(header: Header) -> str:
+    """The dtype of most matrices; quantized ones stand for float16."""
+    counts: Counter[str] = Counter()
+    for info in header.tensors.values():
+        if len(info.shape) > 1:
+            counts[str(_DTYPES.get(info.type_id, torch.float16)).removeprefix("torch.")] += info.nbytes
+    return counts.most_common(1)[0][0]
+
+
+def _provenance(header: Header) -> dict:
+    text = header.get(PROVENANCE)
+    try:
+        data = json.loads(text) if isinstance(text, str) else {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{header.path}: the metadata {PROVENANCE} is not JSON: {error}.") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _entries(info: TensorInfo, arch: Arch, config: Mapping) -> Iterator[tuple[str, LazyTensor | LazyQuantized]]:
+    """The Hugging Face tensors that one tensor of the file holds: itself, or one for each expert."""
+    name = gguf_arch.hugging_face_name(arch, info.name)
+    if "{e}" not in name:
+        yield name, _entry(info, arch, config)
+        return
+    if len(info.shape) != 3:
+        raise CheckpointError(f"tensor {info.name!r} is {list(info.shape)}; a stack of experts has three dimensions.")
+    count, rows, columns = info.shape
+    for expert in range(count):
+        part = TensorInfo(info.name, info.type_id, (rows, columns), info.rows[expert * rows : (expert + 1) * rows])
+        yield name.replace("{e}", str(expert)), _entry(part, arch, config)
+
+
+def _entry(info: TensorInfo, arch: Arch, config: Mapping) -> LazyTensor | LazyQuantized:
+    stem, _, suffix = info.name.rpartition(".")
+    leaf = stem.rpartition(".")[2]
+    if len(info.shape) > 2 or (len(info.shape) == 1 and info.type_id not in _DTYPES):
+        raise CheckpointError(f"tensor {info.name!r} is {list(info.shape)} of type {GGMLQuantizationType(info.type_id).name}; a matrix or a dense vector belongs there.")
+    order = None
+    if leaf in arch.permuted:
+        order = _unpermute(info, gguf_arch.heads(arch, leaf, config))
+    if leaf in arch.transposed and suffix == "weight":
+        return _transposed(_dense(info, order))
+    if info.type_id in _BLOCK_NAMES and len(info.shape) == 2:
+        return _quantized(info, order)
+    shift = arch.norm_shift if info.name.endswith("norm.weight") else 0.0
+    return _dense(info, order, shift=-shift)
+
+
+def _unpermute(info: TensorInfo, n_heads: int) -> Tensor:
+    """For each row of Hugging Face's matrix its row in the file: per head [d / 2, 2] -> [2, d / 2]."""
+    rows = info.shape[0]
+    if rows % (2 * n_heads):
+        raise CheckpointError(f"tensor {info.name!r} has {rows} rows, which {n_heads} heads do not divide evenly.")
+    return torch.arange(rows).view(n_heads, -1, 2).transpose(1, 2).reshape(-1)
+
+
+def _permute(rows: int, n_heads: int, name: str) -> Tensor:
+    """The inverse of _unpermute: for each row of the file its row in Hugging Face's matrix."""
+    if rows % (2 * n_heads):
+        raise CheckpointError(f"{name} has {rows} rows, which {n_heads} heads do not divide evenly; config and weights do not belong together.")
+    return torch.arange(rows).view(n_heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def _bytes(info: TensorInfo, order: Tensor | None, start: int, stop: int) -> Tensor:
+    """Rows start to stop of Hugging Face's order, uint8, copied out of the file."""
+    rows = info.rows[start:stop] if order is None else info.rows[order[start:stop].numpy()]
+    return torch.from_numpy(np.array(rows))
+
+
+def _quantized(info: TensorInfo, order: Tensor | None) -> LazyQuantized:
+    name = _BLOCK_NAMES[info.type_id]
+    scheme = block_scheme(name)
+
+    def load() -> QuantizedTensor:
+        return QuantizedTensor(scheme, info.shape, _STANDS_FOR, {"blocks": _bytes(info, order, 0, info.shape[0])})
+
+    return LazyQuantized(scheme, info.shape, getattr(torch, _STANDS_FOR), load, info.nbytes)
+
+
+def block_scheme(type_name: str) -> Scheme:
+    """The scheme of a ggml block type."""
+    group = 16 if type_name in ("q2_k", "q3_k", "q6_k") else 32
+    symmetric = type_name in ("q4_0", "q5_0", "q8_0", "q3_k", "q6_k")
+    return Scheme(format=type_name, bits=int(type_name[1]), block=(1, group), symmetric=symmetric, range="full", scale_dtype="float16")
+
+
+def _dense(info: TensorInfo, order: Tensor | None = None, *, shift: float = 0.0) -> LazyTensor:
+    """A tensor as dense values: stored ones in their own dtype, quantized ones decoded to float16."""
+    dtype = _DTYPES.get(info.type_id, getattr(torch, _STANDS_FOR))
+    decode = (lambda data: data.view(dtype)) if info.type_id in _DTYPES else lambda data: _decode_rows(data, info).to(dtype)
+
+    def read(start: int, stop: int) -> Tensor:
+        stop = min(stop, info.shape[0])
+        values = decode(_bytes(info, order, start, stop)).view(stop - start, *info.shape[1:])
+        return values + shift if shift else values
+
+    return LazyTensor(info.shape, dtype, read)
+
+
+def _decode_rows(data: Tensor, info: TensorInfo) -> Tensor:
+    """Quantized rows [rows, row bytes] as float32 [rows, columns]; types that lowbit does not know are left to gguf-py."""
+    if info.type_id in _BLOCK_NAMES:
+        return ggml.decode(data, _BLOCK_NAMES[info.type_id])
+    from gguf import quants
+
+    step = max(1, _CHUNK // info.shape[-1])
+    kind = GGMLQuantizationType(info.type_id)
+    try:
+        parts = [torch.from_numpy(quants.dequantize(data[i : i + step].numpy(), kind)) for i in range(0, len(data), step)]
+    except NotImplementedError as error:
+        raise CheckpointError(f"tensor {info.name!r} is of type {kind.name}, which gguf-py cannot decode: {error}.") from error
+    return torch.cat(parts)
+
+
+def _transposed(lazy: LazyTensor) -> LazyTensor:
+    return LazyTensor(lazy.shape[::-1], lazy.dtype, lambda start, stop: lazy.load().T[start:stop].contiguous())
+
+
+def write_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
+    """Write the tokenizer inside a GGUF file, chat template included, as Hugging Face tokenizer files into folder; returns them."""
+    header = read_header(path)
+    tokenizer = gguf_tokenizer.rebuild(header.path, header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return tuple(sorted(Path(file) for file in tokenizer.save_pretrained(folder) if Path(file).is_file()))
+
+
+# ---------------------------------------------------------------------------------------------------- reading the container
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a GGUF file; the parts of a split file become one. Raises CheckpointError for a damaged file."""
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not match:
+        header = _read_part(path)
+        if (header.get("split.count") or 1) != 1:
+            raise CheckpointError(f"{path} is one part of {header.get('split.count')}; give the parts their names back (NAME-00001-of-0000N.gguf).")
+        return header
+    parts = [_read_part(path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf")) for i in range(1, int(match[3]) + 1)]
+    tensors: dict[str, TensorInfo] = {}
+    for part in parts:
+        twice = tensors.keys() & part.tensors.keys()
+        if twice:
+            raise CheckpointError(f"{part.path}: tensor {min(twice)!r} is in an earlier part of the split file too.")
+        tensors.update(part.tensors)
+    expected = parts[0].get("split.tensors.count") if parts else None
+    if expected is not None and expected != len(tensors):
+        raise CheckpointError(f"{path}: the parts of the split file hold {len(tensors)} tensors together; the first one says {expected}.")
+    return Header(parts[0].path, parts[0].raw, tensors)
+
+
+def _read_part(path: Path) -> Header:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.")
+    size = path.stat().st_size
+    if size < 24:
+        raise CheckpointError(f"{path} has {size} bytes; a GGUF file begins with 24. The download is incomplete.")
+    data = np.memmap(path, mode="r", dtype=np.uint8)
+    try:
+        return _parse(path, data)
+    except (struct.error, OverflowError) as error:
+        raise CheckpointError(f"{path} ends in the middle of its header ({size:,} bytes). The download is incomplete.") from error
+
+
+def _parse(path: Path, data: np.ndarray) -> Header:
+    view = memoryview(data)
+    if bytes(view[:4]) != _MAGIC:
+        raise CheckpointError(f"{path} does not begin with GGUF but with {bytes(view[:4])!r}; it is not a GGUF file.")
+    version, n_tensors, n_values = struct.unpack_from("<IQQ", view, 4)
+    if version not in (2, 3):
+        big = version & 0xFFFF == 0
+        raise CheckpointError(f"{path} is {'a big-endian GGUF' if big else f'GGUF version {version}'}; little-endian files of version 2 and 3 are read.")
+    if 13 * n_values + 25 * n_tensors > len(data):
+        raise CheckpointError(f"{path} says it has {n_tensors:,} tensors and {n_values:,} metadata values, more than {len(data):,} bytes can hold. It is damaged.")
+    cursor = _Cursor(path, view, 24)
+    raw = {}
+    for _ in range(n_values):
+        key, value = cursor.text(), cursor.value()
+        if key in raw:
+            raise CheckpointError(f"{path}: the metadata {key!r} is there twice.")
+        raw[key] = value
+    infos = [cursor.tensor() for _ in range(n_tensors)]
+    header = Header(path, raw, {})
+    alignment = header.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise CheckpointError(f"{path}: general.alignment is {alignment!r}; expected a power of two.")
+    tensors = _place(path, data, infos, start=-(-cursor.position // alignment) * alignment, alignment=alignment)
+    return Header(path, raw, tensors)
+
+
+class _Cursor:
+    """Reads a header front to back, never beyond the file."""
+
+    def __init__(self, path: Path, view: memoryview, position: int) -> None:
+        self.path, self.view, self.position = path, view, position
+
+    def number(self, code: str) -> int:
+        (value,) = struct.unpack_from("<" + code, self.view, self.position)
+        self.position += struct.calcsize(code)
+        return value
+
+    def skip(self, size: int) -> None:
+        if size > len(self.view) - self.position:
+            raise CheckpointError(f"{self.path}: {size:,} bytes are announced at byte {self.position:,} and the file ends at {len(self.view):,}. It is truncated or damaged.")
+        self.position += size
+
+    def text(self) -> str:
+        size = self.number("Q")
+        start = self.position
+        self.skip(size)
+        try:
+            return str(self.view[start : start + size], "utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path}: a name at byte {start:,} is not UTF-8 text: {error}.") from error
+
+    def value(self) -> bytes:
+        """A value with its type, as bytes."""
+        start = self.position
+        kind = self.number("I")
+        if kind == _ARRAY:
+            self._skip_array()
+        elif kind == _STRING:
+            self.skip(self.number("Q"))
+        else:
+            self.skip(self._size(kind))
+        return bytes(self.view[start : self.position])
+
+    def _size(self, kind: int) -> int:
+        if kind not in _SCALARS:
+            raise CheckpointError(f"{self.path}: unknown type {kind} of metadata at byte {self.position:,}.")
+        return struct.calcsize(_SCALARS[kind])
+
+    def _skip_array(self) -> None:
+        kind, count = self.number("I"), self.number("Q")
+        if kind != _STRING:
+            self.skip(count * self._size(kind))
+            return
+        if 8 * count > len(self.view) - self.position:
+            raise CheckpointError(f"{self.path}: an array of {count:,} strings is announced at byte {self.position:,}, more than the file can hold. It is damaged.")
+        view, position, length = self.view, self.position, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            position += 8 + length(view, position)[0]
+        self.position = position
+        self.skip(0) if position <= len(view) else self._beyond()
+
+    def _beyond(self) -> None:
+        raise CheckpointError(f"{self.path}: a string of the metadata reaches beyond the end of the file. It is truncated or damaged.")
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape in torch's order, ggml type and offset."""
+        name, n_dims = self.text(), self.number("I")
+        if not 1 <= n_dims <= 4:
+            raise CheckpointError(f"{self.path}: tensor {name!r} has {n_dims} dimensions; ggml knows 1 to 4.")
+        shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
+        return name, shape, self.number("I"), self.number("Q")
+
+
+def _place(path: Path, data: np.ndarray, infos: list, *, start: int, alignment: int) -> dict[str, TensorInfo]:
+    """Check that every tensor lies inside of the file, and map it."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, shape, type_id, offset in infos:
+        where = f"{path}: tensor {name!r}"
+        if name in tensors:
+            raise CheckpointError(f"{where} is there twice.")
+        try:
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
+        except (ValueError, KeyError):
+            raise CheckpointError(f"{where} is of ggml type {type_id}, which this version does not know.") from None
+        if min(shape) < 1 or shape[-1] % block:
+            raise CheckpointError(f"{where} is {list(shape)}; type {GGMLQuantizationType(type_id).name} needs rows of a multiple of {block}.")
+        if offset % alignment:
+            raise CheckpointError(f"{where} begins at offset {offset}, which is not a multiple of {alignment}. The file is damaged.")
+        row_bytes = shape[-1] // block * block_bytes
+        rows, begin = math.prod(shape[:-1]), start + offset
+        size = rows * row_bytes
+        if begin + size > len(data):
+            raise CheckpointError(f"{where} ends at byte {begin + size:,} and the file at {len(data):,}. It is truncated or damaged.")
+        flat = data[begin : begin + size]
+        tensors[name] = TensorInfo(name, type_id, shape, flat.reshape(rows, row_bytes) if len(shape) > 1 else flat.reshape(shape[0] // block, block_bytes))
+    return tensors
+
+
+def _decode(raw: bytes):
+    (kind,) = struct.unpack_from("<I", raw)
+    if kind == _STRING:
+        return raw[12:].decode()
+    if kind != _ARRAY:
+        return struct.unpack_from("<" + _SCALARS[kind], raw, 4)[0]
+    kind, count = struct.unpack_from("<IQ", raw, 4)
+    if kind != _STRING:
+        return list(struct.unpack_from(f"<{count}{_SCALARS[kind]}", raw, 16))
+    texts, position = [], 16
+    for _ in range(count):
+        (size,) = struct.unpack_from("<Q", raw, position)
+        texts.append(raw[position + 8 : position + 8 + size].decode())
+        position += 8 + size
+    return texts
+
+
+# ------------------------------------------------------------------------------------------------------------------ writing
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One tensor to write. load gives its bytes in pieces (one per expert of a stack)."""
+
+    name: str
+    type_id: int
+    shape: tuple[int, ...]
+    load: tuple[Callable[[], Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self.type_id)]
+        return math.prod(self.shape) // block * block_bytes
+
+
+def write(checkpoint: Checkpoint, path: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Write a model as a GGUF file that llama.cpp loads; tensor by tensor, to a temporary sibling that is renamed at the end.
+
+    Vectors, norms and routers become F32; other dense matrices keep their dtype; ggml blocks are written as they are; integers are
+    packed into the block type of enough bits (see check). Quantized matrices are [out_features, in_features], also GPT-2's.
+    Metadata and tokenizer come from config and files, or, of a checkpoint that is itself a GGUF, unchanged from there.
+    progress is told the bytes written by each step.
+    """
+    supported(checkpoint.config)
+    arch = gguf_arch.find(checkpoint.config)
+    source = read_header(checkpoint.path) if checkpoint.kind == "gguf" else None
+    config = checkpoint.config if source else gguf_arch.full_config(checkpoint.config)
+    planned = _plan(checkpoint, arch, config, source)
+    raw = _copied_metadata(source, planned) if source else _made_metadata(checkpoint, arch, config, planned)
+    if checkpoint.provenance:
+        raw[PROVENANCE] = _pack("string", json.dumps(checkpoint.provenance, sort_keys=True, ensure_ascii=False))
+    alignment = _decode(raw["general.alignment"]) if "general.alignment" in raw else 32
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_header_bytes(raw, planned, alignment))
+            for tensor in planned:
+                _write_tensor(file, tensor, alignment)
+                progress(tensor.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def supported(config: dict) -> None:
+    """Raise CheckpointError, naming the known architectures, when a model of this config cannot be written."""
+    gguf_arch.find(config)
+
+
+def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
+    """Raise ShapeError or RecipeError when GGUF cannot hold such a matrix [out_features, in_features]; the message names what fits."""
+    in_features = shape[1]
+    if scheme.format in CASTS:
+        return
+    if scheme.format != INT:
+        block = _block_type(scheme.format, name).block_size
+        if in_features % block:
+            fits = fallback(scheme.format, in_features)
+            raise ShapeError(f"{name}: {scheme.format} needs in_features to be a multiple of {block}, and {in_features} is not. Use {fits} (for this layer: a rule in the recipe).")
+        return
+    _int_type(scheme, name)
+    if in_features % 32:
+        raise ShapeError(f"{name}: GGUF stores integers in blocks of 32, and in_features = {in_features} is not a multiple of 32. Use float16 (for this layer: a rule in the recipe).")
+    if scheme.group_size != -1 and scheme.group_size % 32:
+        raise ShapeError(f"{name}: GGUF stores a scale for every 32 weights, and groups of {scheme.group_size} are not made of those. Use g32, g64, g128 or channel.")
+    if scheme.scale_dtype != "float16":
+        raise RecipeError(f"{name}: GGUF stores scales as float16, and the scheme's scale_dtype is {scheme.scale_dtype}. Use scale_dtype = float16.")
+
+
+def _block_type(type_name: str, name: str) -> ggml.BlockType:
+    if type_name not in ggml.BLOCK_TYPES:
+        raise RecipeError(f"{name}: GGUF has no type for the format {type_name!r}; it holds int (2 to 8 bits), {', '.join((*CASTS, *ggml.BLOCK_TYPES))}.")
+    return ggml.BLOCK_TYPES[type_name]
+
+
+def _int_type(scheme: Scheme, name: str) -> str:
+    """The smallest block type that holds the scheme's codes unchanged."""
+    if scheme.symmetric:
+        return "q4_0" if scheme.bits <= 4 else "q5_0" if scheme.bits == 5 else "q8_0"
+    if scheme.bits > 5:
+        raise RecipeError(f"{name}: GGUF has no type for asymmetric integers of {scheme.bits} bits; int{scheme.bits}-sym and int5-asym (or fewer bits) fit.")
+    return "q4_1" if scheme.bits <= 4 else "q5_1"
+
+
+def fallback(type_name: str, in_features: int) -> str:
+    """The type that llama-quantize takes for a row length: the type itself if its blocks divide it, else a smaller-block one, else float16."""
+    if in_features % _block_type(type_name, "fallback").block_size == 0:
+        return type_name
+    substitute = _FALLBACKS.get(type_name)
+    return substitute if substitute and in_features % 32 == 0 else "float16"
+
+
+def _plan(checkpoint: Checkpoint, arch: Arch, config: Mapping, source: Header | None) -> list[_Planned]:
+    groups: dict[str, list[tuple[Place, str]]] = {}
+    tied = config.get("tie_word_embeddings", arch.tied)
+    for name in (*checkpoint.tensors, *checkpoint.quantized):
+        place = gguf_arch.place(arch, name)
+        if place is not None and not (place.leaf == "output" and tied):
+            groups.setdefault(place.name, []).append((place, name))
+    _check_complete(groups, arch, config)
+    order = {leaf: i for i, leaf in enumerate((*arch.outer.values(), *arch.layer.values()))}
+    ranked = sorted(groups.items(), key=lambda item: (_rank(item[1][0][0], order), item[0]))
+    planned = [_planned(checkpoint, arch, config, members) for _, members in ranked]
+    return _rope_plan(arch, config, source) + planned
+
+
+def _rank(place: Place, order: Mapping[str, int]) -> tuple:
+    section = 1 if place.layer is not None else 2 if place.leaf.startswith("output") else 0
+    return section, place.layer or 0, order[place.leaf]
+
+
+def _rope_plan(arch: Arch, config: Mapping, source: Header | None) -> list[_Planned]:
+    if source:
+        infos = [source.tensors[name] for name in ROPE_TENSORS if name in source.tensors]
+        return [_Planned(info.name, info.type_id, info.shape, (lambda info=info: torch.from_numpy(np.array(info.rows)),)) for info in infos]
+    tensors = gguf_arch.rope_tensors(arch, config)
+    return [_Planned(name, 0, tuple(tensor.shape), (lambda tensor=tensor: tensor,)) for name, tensor in tensors.items()]
+
+
+def _check_complete(groups: Mapping[str, list], arch: Arch, config: Mapping) -> None:
+    """Every weight that llama.cpp asks for is there, so that a wrong file fails here and not in its user's hands."""
+    layers = config["n_layer" if arch.name == "gpt2" else "num_hidden_layers"]
+    needed = [f"{leaf}.weight" for leaf in arch.outer.values() if leaf != "output"]
+    needed += [f"blk.{i}.{leaf}.weight" for i in range(layers) for leaf in arch.layer.values()]
+    missing = [name for name in needed if name not in groups]
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {gguf_arch.hugging_face_name(arch, missing[0]).replace('{e}', '0')} ({len(missing)} missing in all); without it llama.cpp does not load the file.")
+    surplus = [members[0][1] for members in groups.values() if (members[0][0].layer or 0) >= layers]
+    if surplus:
+        raise CheckpointError(f"the checkpoint holds {surplus[0]}, and the config says {layers} layers. They do not belong together.")
+
+
+def _planned(checkpoint: Checkpoint, arch: Arch, config: Mapping, members: list[tuple[Place, str]]) -> _Planned:
+    first = members[0][0]
+    if first.expert is None:
+        type_id, shape, load = _piece(checkpoint, arch, config, *members[0])
+        return _Planned(first.name, type_id, shape, (load,))
+    members = sorted(members, key=lambda member: member[0].expert)
+    pieces = [_piece(checkpoint, arch, config, *member) for member in members]
+    if [place.expert for place, _ in members] != list(range(_n_experts(config))):
+        raise CheckpointError(f"{first.name}: the checkpoint has experts {[place.expert for place, _ in members]}; the config says {_n_experts(config)}.")
+    if len({piece[:2] for piece in pieces}) != 1:
+        raise CheckpointError(f"{members[0][1]} and the other experts of its layer differ in shape or type; GGUF stores them as one tensor. Give them one scheme.")
+    type_id, shape, _ = pieces[0]
+    return _Planned(first.name, type_id, (len(pieces), *shape), tuple(piece[2] for piece in pieces))
+
+
+def _n_experts(config: Mapping) -> int:
+    return config.get("num_local_experts") or config.get("num_experts") or 0
+
+
+def _piece(checkpoint: Checkpoint, arch: Arch, config: Mapping, place: Place, name: str) -> tuple[int, tuple[int, ...], Callable[[], Tensor]]:
+    """ggml type, shape and loader of one Hugging Face tensor as it lies in the file."""
+    weight = place.name.endswith(".weight")
+    n_heads = gguf_arch.heads(arch, place.leaf, config) if place.leaf in arch.permuted else None
+    entry = checkpoint.quantized.get(name)
+    if entry is not None and entry.scheme.format not in CASTS:
+        check(entry.scheme, entry.shape, name)
+        type_name = _int_type(entry.scheme, name) if entry.scheme.format == INT else entry.scheme.format
+        rows = lambda: _rows(_to_blocks(entry.load(), type_name), n_heads, name)
+        return ggml.BLOCK_TYPES[type_name].type_id, entry.shape, rows
+    dense = entry if entry is not None else checkpoint.tensors[name]
+    transposed = place.leaf in arch.transposed and weight and entry is None
+    shape = dense.shape[::-1] if transposed else dense.shape
+    dtype = getattr(torch, entry.scheme.format) if entry is not None else dense.dtype
+    if len(shape) == 1 or not weight or place.leaf.endswith("norm") or place.leaf in ("ffn_gate_inp", "position_embd"):
+        dtype = torch.float32
+    if dtype not in _DENSE_IDS:
+        raise CheckpointError(f"{name} is {dtype}, which GGUF does not hold as a weight; it holds {', '.join(CASTS)}.")
+    shift = arch.norm_shift if place.name.endswith("norm.weight") else 0.0
+
+    def load() -> Tensor:
+        values = entry.load().parts["weight"] if entry is not None else dense.load()
+        values = (values.T if transposed else values).to(dtype)
+        return _rows(values + shift if shift else values, n_heads, name)
+
+    return _DENSE_IDS[dtype], tuple(shape), load
+
+
+def _rows(values: Tensor, n_heads: int | None, name: str) -> Tensor:
+    return values if n_heads is None else values[_permute(values.shape[0], n_heads, name)]
+
+
+def _to_blocks(qt: QuantizedTensor, type_name: str) -> Tensor:
+    """A quantized matrix as blocks of a type that holds its codes: the codes moved to the type's zero, scales repeated for every 32 weights."""
+    if qt.scheme.format != INT:
+        return qt.parts["blocks"]
+    codes, rows, count = qt.parts["codes"], qt.shape[0], qt.shape[1] // 32
+    scale = _per_block(qt.parts["scale"], qt.scheme, rows, count)
+    if qt.scheme.symmetric:
+        return ggml.pack_codes(type_name, codes + ({"q4_0": 8, "q5_0": 16, "q8_0": 128}[type_name] - qt.scheme.zero_code), scale)
+    zero = _per_block(qt.parts["zero_point"], qt.scheme, rows, count)
+    return ggml.pack_codes(type_name, codes, scale, (-scale.float() * zero.float()).half())
+
+
+def _per_block(values: Tensor, scheme: Scheme, rows: int, count: int) -> Tensor:
+    """Per-group values [rows or 1, groups] as contiguous [rows, count], one for every 32 weights."""
+    if values.shape[1] > 1:
+        values = values.repeat_interleave(scheme.group_size // 32, dim=1)[:, :count]
+    return values.expand(rows, count).contiguous()
+
+
+def _made_metadata(checkpoint: Checkpoint, arch: Arch, config: dict, planned: list[_Planned]) -> dict[str, bytes]:
+    """The metadata of a model that comes with config.json and tokenizer files."""
+    rows = next(tensor.shape[0] for tensor in planned if tensor.name == "token_embd.weight")
+    values = {
+        "general.architecture": ("string", arch.name),
+        "general.type": ("string", "model"),
+        "general.name": ("string", checkpoint.path.name),
+        **gguf_arch.metadata(arch, {**config, "vocab_size": rows}),
+        "general.file_type": ("u32", _file_type(planned)),
+        "general.quantization_version": ("u32", 2),
+        **gguf_tokenizer.metadata(checkpoint.files, config, rows, where=checkpoint.path),
+    }
+    return {key: _pack(kind, value) for key, (kind, value) in values.items()}
+
+
+def _copied_metadata(source: Header, planned: list[_Planned]) -> dict[str, bytes]:
+    """The metadata of another GGUF, unchanged but for what describes the weights' types and the splitting of the file."""
+    raw = {key: value for key, value in source.raw.items() if not key.startswith("split.") and key != PROVENANCE}
+    if any(tensor.name not in source.tensors or source.tensors[tensor.name].type_id != tensor.type_id for tensor in planned):
+        raw["general.file_type"] = _pack("u32", _file_type(planned))
+    raw["general.quantization_version"] = _pack("u32", 2)
+    return raw
+
+
+def _file_type(planned: list[_Planned]) -> int:
+    """general.file_type of the type that most bytes of the layers' matrices have."""
+    names = {**_BLOCK_NAMES, **{i: str(dtype).removeprefix("torch.") for dtype, i in _DENSE_IDS.items()}}
+    sizes: Counter[str] = Counter()
+    for tensor in planned:
+        if len(tensor.shape) > 1 and tensor.name.startswith("blk.") and "ffn_gate_inp" not in tensor.name:
+            sizes[names[tensor.type_id]] += tensor.nbytes
+    pure, mixed = _FILE_TYPES[sizes.most_common(1)[0][0]]
+    return pure if len(sizes) == 1 else mixed
+
+
+def _pack(kind: str, value: object) -> bytes:
+    """A metadata value with its type, as bytes of the file."""
+    if kind.endswith("[]"):
+        return struct.pack("<IIQ", _ARRAY, _TYPE_IDS[kind[:-2]], len(value)) + b"".join(_pack(kind[:-2], item)[4:] for item in value)
+    if kind == "string":
+        data = value if isinstance(value, bytes) else value.encode()
+        return struct.pack("<IQ", _STRING, len(data)) + data
+    return struct.pack("<I" + _SCALARS[_TYPE_IDS[kind]], _TYPE_IDS[kind], value)
+
+
+def _header_bytes(raw: Mapping[str, bytes], planned: list[_Planned], alignment: int) -> bytes:
+    parts = [_MAGIC, struct.pack("<IQQ", 3, len(planned), len(raw))]
+    parts += [_pack("string", key)[4:] + value for key, value in raw.items()]
+    offset = 0
+    for tensor in planned:
+        dims = tensor.shape[::-1]
+        parts.append(_pack("string", tensor.name)[4:] + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type_id, offset))
+        offset += -(-tensor.nbytes // alignment) * alignment
+    header = b"".join(parts)
+    return header + bytes(-len(header) % alignment)
+
+
+def _write_tensor(file, tensor: _Planned, alignment: int) -> None:
+    written = 0
+    for load in tensor.load:
+        data = load().contiguous().reshape(-1).view(torch.uint8).numpy()
+        file.write(memoryview(data))
+        written += data.nbytes
+    if written != tensor.nbytes:
+        raise CheckpointError(f"{tensor.name}: {written:,} bytes were loaded and {tensor.nbytes:,} expected for {list(tensor.shape)}; the weight has another shape than announced.")
+    file.write(bytes(-written % alignment))

@@ -1,0 +1,244 @@
+"""Hugging Face folders of safetensors: reading one or many shards lazily, writing shards with an index.
+
+Files are opened memory-mapped by the safetensors library, which checks header, offsets and sizes. Pickled weights
+(pytorch_model.bin) are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .checkpoint import Checkpoint, LazyTensor
+
+PROVENANCE = "lowbit.json"
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+SHARD_BYTES = 4_500_000_000
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def open_folder(path: Path) -> Checkpoint:
+    """Open a folder with config.json and safetensors weights (dense)."""
+    config = read_json(path / "config.json")
+    return Checkpoint("safetensors", path, config, tensors=open_tensors(path), files=side_files(path), provenance=read_provenance(path))
+
+
+def side_files(path: Path) -> tuple[Path, ...]:
+    """Tokenizer, chat template and generation files of a model folder."""
+    return tuple(path / name for name in SIDE_FILES if (path / name).is_file())
+
+
+def read_provenance(path: Path) -> dict:
+    return read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or CheckpointError saying what is wrong with it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist. A model folder holds config.json, the weights as .safetensors and a tokenizer.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}; expected an object.")
+    return data
+
+
+def open_tensors(path: Path) -> dict[str, LazyTensor]:
+    """All tensors of a folder's shards, lazily, by name."""
+    tensors: dict[str, LazyTensor] = {}
+    for shard, names in _shards(path).items():
+        handle = _open_shard(shard)
+        stored = handle.keys()
+        missing = set(names or ()) - set(stored)
+        if missing:
+            raise CheckpointError(f"{shard}: the index lists {sorted(missing)[0]!r} in this shard, which does not hold it. The download is incomplete or mixed up.")
+        for name in names or stored:
+            tensors[name] = _lazy(handle, name, shard)
+    return tensors
+
+
+def _shards(path: Path) -> dict[Path, list[str] | None]:
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index}: expected an object weight_map from tensor names to file names.")
+        shards: dict[Path, list[str] | None] = {}
+        for name, file in weight_map.items():
+            shards.setdefault(inside(path, file), []).append(name)
+        return shards
+    if single.is_file():
+        return {single: None}
+    others = sorted(p.name for p in path.glob("*.safetensors"))
+    pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
+    if others:
+        raise CheckpointError(f"{path} holds {', '.join(others[:3])} but no model.safetensors and no model.safetensors.index.json.")
+    if pickles:
+        raise CheckpointError(f"{path} holds its weights as pickles ({pickles[0]}), which lowbit never loads: a pickle can run any code. Save it as safetensors first (save_pretrained).")
+    raise CheckpointError(f"{path} holds no weights: expected model.safetensors, or shards with model.safetensors.index.json.")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder/name, refused when it points outside the folder."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{folder}: the index names the file {name!r}, which points outside the folder. Refused.")
+    target = folder / name
+    # A link inside a hub cache points to its blobs folder: that is how the cache is made, so only the name is judged.
+    if not target.is_file():
+        raise CheckpointError(f"{target} does not exist, but the index lists it. The download is incomplete.")
+    return target
+
+
+def _open_shard(shard: Path):
+    try:
+        return safe_open(shard, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{shard} is not a whole safetensors file ({os.path.getsize(shard):,} bytes): {error}. Download or copy it again.") from error
+
+
+def _lazy(handle, name: str, shard: Path) -> LazyTensor:
+    view = handle.get_slice(name)
+    shape, dtype = tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
+    if dtype is None:
+        raise CheckpointError(f"{shard}: tensor {name!r} has dtype {view.get_dtype()}, which lowbit does not read.")
+
+    def read(start: int, stop: int) -> Tensor:
+        if not shape or (start == 0 and stop >= shape[0]):
+            return handle.get_tensor(name)
+        return handle.get_slice(name)[start:stop]
+
+    return LazyTensor(shape, dtype, read)
+
+
+class ShardWriter:
+    """Streams tensors in the order given into shards of at most max_bytes, then writes the index; never holds more than one tensor.
+
+    A header stands before the data and is known only after it, so room for it is kept free: entries is the number of tensors to
+    expect (an estimate; a full header only begins a new shard). Nothing has its final name before close(). Same tensors, same bytes.
+    """
+
+    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8)
+        self._file = None
+        self._shards: list[tuple[Path, list[str]]] = []
+        self.total_bytes = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """close(), or after an error only let go of the file: its name stays temporary."""
+        if error is None:
+            self.close()
+        elif self._file:
+            self._file.close()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor."""
+        data = tensor.contiguous()
+        size = data.numel() * data.element_size()
+        entry = len(json.dumps(name)) + 160
+        if self._file and (self._offset + size > self.max_bytes or self._header_bytes + entry > self._room):
+            self._finish_shard()
+        if not self._file:
+            self._start_shard()
+        self._header_bytes += entry
+        self.total_bytes += size
+        if size % 8:  # readers want every tensor aligned to its dtype and the format allows no holes: odd sizes go last
+            self._odd.append((name, data))
+        else:
+            self._write(name, data)
+        self._offset += size
+
+    def _write(self, name: str, data: Tensor) -> None:
+        size = data.numel() * data.element_size()
+        self._header[name] = {"dtype": _NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [self._written, self._written + size]}
+        self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if size else b"")
+        self._written += size
+
+    def _start_shard(self) -> None:
+        path = self.folder / f"shard-{len(self._shards):05d}.tmp"
+        self._file = open(path, "wb")
+        self._file.seek(8 + self._room)
+        self._header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        self._odd: list[tuple[str, Tensor]] = []
+        self._header_bytes, self._offset, self._written = 256, 0, 0
+
+    def _finish_shard(self) -> None:
+        for name, data in sorted(self._odd, key=lambda item: -item[1].element_size()):
+            self._write(name, data)
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._shards.append((Path(self._file.name), [name for name in self._header if name != "__metadata__"]))
+        self._file = None
+
+    def close(self) -> None:
+        """Finish the last shard, give every file its final name and write the index if there is more than one."""
+        if self._file or not self._shards:
+            self._file or self._start_shard()
+            self._finish_shard()
+        count, weight_map = len(self._shards), {}
+        for number, (path, names) in enumerate(self._shards, start=1):
+            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            os.replace(path, self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: to a sibling, synced, renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file's bytes are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy tokenizer, template and generation files beside the weights."""
+    for file in files:
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+def write_folder(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Write every weight dense, as a plain Hugging Face folder that any program loads; quantized weights are decoded to their own dtype.
+
+    folder must exist and be empty. progress is told the bytes written by each step.
+    """
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + len(checkpoint.quantized)) as writer:
+        for name in (*checkpoint.tensors, *checkpoint.quantized):
+            tensor = checkpoint.dense(name)
+            writer.add(name, tensor)
+            progress(tensor.numel() * tensor.element_size())
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    copy_files(checkpoint.files, folder)
+    write_text(folder / PROVENANCE, json.dumps(checkpoint.provenance, indent=2) + "\n")

@@ -1,0 +1,54 @@
+"""Mixtures of experts: the forward of transformers 5's fused experts, expert by expert, so that what each one sees can be counted.
+
+Module hooks cannot catch an expert's inputs (the experts are one three-dimensional parameter); transformers lets a function be
+registered under a name instead, and a model set to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ..errors import ModelError
+
+EXPERTS_IMPLEMENTATION = "lowbit"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is a set of fused experts that this driver runs."""
+    return hasattr(module, "num_experts") and isinstance(getattr(module, "down_proj", None), nn.Parameter) and module.down_proj.ndim == 3
+
+
+def check_experts(module: nn.Module, name: str) -> None:
+    """Raise ModelError for a layout of experts that is not handled."""
+    if module.has_bias or module.is_transposed or not module.is_concatenated or module.has_post_expert_norm:
+        raise ModelError(f"{name}: experts with biases, transposed or interleaved weights are not handled yet ({type(module).__name__}).")
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run every expert on the tokens routed to it.
+
+    hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. self.observe(parameter, expert, x), when set, is shown the
+    inputs of each expert's matrices: x [tokens of this expert, in_features].
+    """
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    up, observe = getattr(self, up_name), getattr(self, "observe", None)
+    result = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    for expert in range(self.num_experts):
+        token, place = torch.where(top_k_index == expert)
+        if not len(token):
+            continue
+        x = hidden_states[token]
+        if observe is not None:
+            observe(up_name, expert, x)
+        x = nn.functional.linear(x, up[expert])
+        x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+        if observe is not None:
+            observe("down_proj", expert, x)
+        x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, place, None]
+        result.index_add_(0, token, x.float())
+    return result.to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

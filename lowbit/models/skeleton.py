@@ -1,0 +1,238 @@
+"""A transformers model on the meta device, whose parts are filled from a checkpoint one at a time.
+
+transformers defines the model and knows how checkpoint names map to parameters (renamed, fused experts); here is only what it
+takes to load one module instead of all. Traps met by experiment: buffers that are in no checkpoint (rotary frequencies) are made
+by the model's own _init_weights, and loading is strict: a parameter without a tensor is an error, never noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from ..checkpoints import Checkpoint
+from ..errors import CheckpointError, ModelError
+from .arch import refuse_unsupported
+from .experts import EXPERTS_IMPLEMENTATION
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from: checkpoint names by converter pattern, and the converter (None: one tensor, as it is)."""
+
+    names: dict[str, list[str]]
+    converter: WeightConverter | None
+
+    def flat(self) -> list[str]:
+        return [name for names in self.names.values() for name in names]
+
+
+@dataclass
+class Skeleton:
+    """A model on meta with the way to fill it. text: the module that owns the blocks; blocks_name: e.g. "model.layers"."""
+
+    model: transformers.PreTrainedModel
+    checkpoint: Checkpoint
+    sources: dict[str, Source]
+    text_name: str
+    blocks_name: str
+    unused: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> nn.Module:
+        return self.model.get_submodule(self.text_name)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.blocks_name)
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def text_config(self):
+        return self.model.config.get_text_config()
+
+    def block_name(self, index: int) -> str:
+        return f"{self.blocks_name}.{index}"
+
+    def block_bytes(self, index: int, dtype: torch.dtype) -> int:
+        """Bytes of one block's parameters in dtype."""
+        return sum(p.numel() for p in self.blocks[index].parameters()) * dtype.itemsize
+
+    def parameter_count(self) -> int:
+        """All parameters, tied ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def build(checkpoint: Checkpoint) -> Skeleton:
+    """Build the checkpoint's model on the meta device and map its parameters to checkpoint names; loads no weight."""
+    config = _config(checkpoint)
+    refuse_unsupported(config)
+    with torch.device("meta"):
+        model = _model_class(config)._from_config(config, dtype=torch.float32)
+    model.eval()
+    model.tie_weights()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    blocks_name = find_blocks(model)
+    sources, unused = _map_names(model, checkpoint)
+    return Skeleton(model, checkpoint, sources, blocks_name.rpartition(".")[0], blocks_name, unused)
+
+
+def _config(checkpoint: Checkpoint):
+    data = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    model_type = data.pop("model_type", None)
+    if model_type is None:
+        raise CheckpointError(f"{checkpoint.path}: config.json has no model_type, so it is not known which model this is.")
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **data)
+    except ValueError as error:
+        raise ModelError(f"model_type {model_type!r} is not known to transformers {transformers.__version__}. A newer transformers may know it.") from error
+    for sub in (config, config.get_text_config()):
+        sub.use_cache = False
+        sub.output_hidden_states = sub.output_attentions = False
+    return config
+
+
+def _model_class(config) -> type[transformers.PreTrainedModel]:
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.can_generate():
+            return found
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ModelError(f"model_type {config.model_type!r} has no language model with a head in transformers; lowbit quantizes decoders.")
+
+
+def find_blocks(model: nn.Module) -> str:
+    """The name of the ModuleList that holds the text model's blocks: the one with the most parameters outside vision and audio towers."""
+    text_config = model.config.get_text_config()
+    depth = getattr(text_config, "num_hidden_layers", None)
+    best, most = "", 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != depth or _is_tower(name):
+            continue
+        size = sum(p.numel() for p in module.parameters())
+        if size > most:
+            best, most = name, size
+    if not best:
+        raise ModelError(f"{type(model).__name__}: no ModuleList of {depth} blocks was found, so the model cannot be streamed block by block.")
+    return best
+
+
+def _is_tower(name: str) -> bool:
+    return any(word in name.lower() for word in ("vision", "visual", "audio", "image", "speech"))
+
+
+def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Source], list[str]]:
+    """Parameter name -> Source by transformers' own renamings and converters; and the checkpoint names that no parameter takes."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    sources: dict[str, Source] = {}
+    unused = []
+    for name in sorted(checkpoint.shapes(), key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if target not in wanted:
+            unused.append(name)
+            continue
+        source = sources.setdefault(target, Source({}, by_pattern.get(pattern)))
+        source.names.setdefault(pattern or name, []).append(name)
+    _refuse_missing(model, sources, wanted, checkpoint)
+    return sources, unused
+
+
+def _refuse_missing(model, sources, wanted, checkpoint) -> None:
+    given = set(sources)
+    for source in sources.values():  # one converter can fill several parameters (a fused tensor split)
+        if source.converter is not None and len(source.converter.target_patterns) > 1:
+            raise ModelError(f"{type(model).__name__}: the checkpoint stores several parameters in one tensor ({source.flat()[0]}), which cannot be streamed yet.")
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    missing = [n for n in wanted if n not in given and n not in tied]
+    if missing:
+        raise CheckpointError(f"{checkpoint.path}: {len(missing)} of {len(wanted)} weights of {type(model).__name__} are not in the checkpoint, the first is {missing[0]}. It is incomplete or of another model.")
+    shapes = checkpoint.shapes()
+    for parameter, source in sources.items():
+        name = source.flat()[0]
+        if source.converter is None and tuple(shapes[name]) != tuple(wanted[parameter].shape):
+            raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(shapes[name])}, and the config asks for {list(wanted[parameter].shape)}.")
+
+
+def load_parameter(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
+    """One parameter of the model, from the checkpoint, cast to dtype when floating."""
+    source = skeleton.sources[name]
+    if source.converter is None:
+        return _cast(skeleton.checkpoint.dense(source.flat()[0]), dtype)
+    converter = copy.deepcopy(source.converter)
+    for pattern, names in source.names.items():
+        for key in names:
+            converter.add_tensor(name, key, pattern, lambda key=key: _cast(skeleton.checkpoint.dense(key), dtype))
+    made = converter.convert(name, model=skeleton.model, config=skeleton.config)[name]
+    made = made[0] if isinstance(made, list) else made
+    wanted = skeleton.model.get_parameter(name).shape
+    if made.shape != wanted:
+        raise CheckpointError(f"{name}: the checkpoint's tensors join to {list(made.shape)}, and the config asks for {list(wanted)}.")
+    return made
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def load_module(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A filled copy of the module called name (a block, a norm); the skeleton stays on meta."""
+    module = copy.deepcopy(skeleton.model.get_submodule(name))
+    fill_buffers(skeleton.model, module, device)
+    for local, parameter in list(module.named_parameters()):
+        full = f"{name}.{local}" if name else local
+        owner, _, leaf = local.rpartition(".")
+        loaded = load_parameter(skeleton, full, dtype).to(device)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(loaded, requires_grad=False))
+    _load_buffers(skeleton, name, module, device)
+    return module.eval()
+
+
+def _load_buffers(skeleton: Skeleton, name: str, module: nn.Module, device: torch.device) -> None:
+    for local, _ in list(module.named_buffers()):
+        full = f"{name}.{local}" if name else local
+        if full in skeleton.sources:
+            owner, _, leaf = local.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = skeleton.checkpoint.dense(skeleton.sources[full].flat()[0]).to(device)
+
+
+def fill_buffers(model: transformers.PreTrainedModel, module: nn.Module, device: torch.device) -> None:
+    """Give real values to buffers on meta, by the model's own _init_weights (its parameters stay as they are)."""
+    for part in module.modules():
+        names = [n for n, b in part._buffers.items() if b is not None and b.is_meta]
+        if not names:
+            continue
+        for buffer in names:
+            part._buffers[buffer] = torch.full_like(part._buffers[buffer], math.nan if part._buffers[buffer].is_floating_point() else 0, device=device)
+        model._init_weights(part)
+        for buffer in names:
+            value = part._buffers[buffer]
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise ModelError(f"{type(part).__name__}.{buffer} is in no checkpoint and {type(model).__name__} does not say how to make it.")
+
+
+def modules_outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, nn.Module]]:
+    """Every leaf-owning module outside the blocks and towers: embeddings, final norm, head, rotary embedding."""
+    for name, module in skeleton.model.named_modules():
+        own = list(module.parameters(recurse=False)) or list(module.buffers(recurse=False))
+        if own and not name.startswith(skeleton.blocks_name + ".") and not _is_tower(name):
+            yield name, module

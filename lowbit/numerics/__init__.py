@@ -1,0 +1,110 @@
+"""Number formats: what a code means. quantize, dequantize and size of any of them, by one table.
+
+Adding a format is one file and one entry in FORMATS; tests/numerics/test_contract.py then runs on it by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError, RecipeError, ShapeError
+from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
+from ..tensor import QuantizedTensor
+from . import cast, ggml, integer
+
+__all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One number format.
+
+    quantize: (W, scheme, search, importance) -> QuantizedTensor, plain rounding. dequantize: QuantizedTensor -> float32.
+    bits: (scheme, out_features, in_features) -> stored bits in all. multiple: in_features must be divisible by it.
+    """
+
+    quantize: Callable[[Tensor, Scheme, RangeSearch, Tensor | None], QuantizedTensor]
+    dequantize: Callable[[QuantizedTensor], Tensor]
+    bits: Callable[[Scheme, int, int], int]
+    multiple: int = 1
+    description: str = ""
+
+
+def _int_bits(scheme: Scheme, rows: int, columns: int) -> int:
+    groups = 1 if scheme.block == (-1, -1) else rows * scheme.groups(columns)
+    scale_bits = 32 if scheme.scale_dtype == SCALE_DTYPES[0] else 16
+    return rows * columns * scheme.bits + groups * (scale_bits + (0 if scheme.symmetric else scheme.bits))
+
+
+def _ggml_entry(name: str) -> Format:
+    kind = ggml.BLOCK_TYPES[name]
+    return Format(
+        quantize=lambda W, scheme, search, importance: QuantizedTensor(
+            scheme, tuple(W.shape), str(W.dtype).removeprefix("torch."), {"blocks": ggml.encode(W, name, importance=importance)}
+        ),
+        dequantize=lambda qt: ggml.decode(qt.parts["blocks"], name),
+        bits=lambda scheme, rows, columns: rows * (columns // kind.block_size) * kind.block_bytes * 8,
+        multiple=kind.block_size,
+        description=f"ggml {name.upper()}: blocks of {kind.block_size} in {kind.block_bytes} bytes",
+    )
+
+
+FORMATS: dict[str, Format] = {
+    INT: Format(integer.quantize, integer.dequantize, _int_bits, description="uniform integers, 2 to 8 bits, with a scale per group"),
+    **{name: Format(cast.quantize, cast.dequantize, cast.bits, description=f"rounded to {name}") for name in CASTS},
+    **{name: _ggml_entry(name) for name in ggml.BLOCK_TYPES},
+}
+
+
+def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), importance: Tensor | None = None) -> QuantizedTensor:
+    """Round W [out_features, in_features] to the nearest values of the scheme (round to nearest); W is not changed.
+
+    importance [in_features]: the weight of each input channel's squared error where the format searches scales.
+    """
+    check_shape(scheme, W.shape)
+    return entry(scheme).quantize(W, scheme, search, importance)
+
+
+def dequantize(qt: QuantizedTensor) -> Tensor:
+    """The values that the codes stand for, float32 [out_features, in_features]."""
+    return entry(qt.scheme).dequantize(qt)
+
+
+def bits_per_weight(scheme: Scheme, shape: tuple[int, int]) -> float:
+    """Stored bits per weight, scales and zero-points included."""
+    return entry(scheme).bits(scheme, *shape) / (shape[0] * shape[1])
+
+
+def nbytes(scheme: Scheme, shape: tuple[int, int]) -> int:
+    """Stored bytes of a matrix, scales and zero-points included (without padding to words)."""
+    return -(-entry(scheme).bits(scheme, *shape) // 8)
+
+
+def entry(scheme: Scheme) -> Format:
+    """The table entry of a scheme's format."""
+    if scheme.format not in FORMATS:
+        raise RecipeError(f"number format {scheme.format!r} is not known; known: {', '.join(FORMATS)}.")
+    return FORMATS[scheme.format]
+
+
+def check_shape(scheme: Scheme, shape: tuple[int, ...], *, name: str = "the weight") -> None:
+    """Raise ShapeError when a matrix of this shape cannot be stored in the scheme."""
+    if len(shape) != 2:
+        raise ShapeError(f"{name}: a weight is a matrix [out_features, in_features]; got {list(shape)}.")
+    multiple = entry(scheme).multiple
+    if shape[1] % multiple:
+        raise ShapeError(f"{name}: {scheme.name} needs in_features to be a multiple of {multiple}, and {shape[1]} is not.")
+
+
+def refuse_bad_values(W: Tensor, name: str) -> None:
+    """Raise FormatError naming the weight when it holds NaN or infinity."""
+    total = W.sum(dtype=torch.float64 if W.dtype == torch.float32 else torch.float32)
+    if torch.isfinite(total):
+        return
+    bad = int((~torch.isfinite(W)).sum())
+    if bad:
+        raise FormatError(f"{name}: {bad} of {W.numel()} values are NaN or infinite. The checkpoint is damaged; nothing was quantized from it.")

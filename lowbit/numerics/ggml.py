@@ -1,0 +1,359 @@
+"""ggml's block types: byte layouts, decoding, and encoding (Q2_K .. Q6_K in ggml_kquants).
+
+A row is a sequence of blocks; fp16 and integers are little-endian. Bytes of each block, first to last:
+
+    q4_0  32   d f16, 16 bytes: elements i and i + 16 in the low and high half       w = (code - 8) d
+    q4_1  32   d, m, 16 bytes as q4_0                                                w = code d + m
+    q5_0  32   d, 4 bytes: bit 4 of element i in bit i, 16 bytes as q4_0             w = (code - 16) d
+    q5_1  32   d, m, 4 + 16 bytes as q5_0                                            w = code d + m
+    q8_0  32   d, 32 int8                                                            w = code d
+    q2_k  256  16 bytes of scale and minimum, 64 of codes, d, dmin                   w = d ls code - dmin lm
+    q3_k  256  32 bytes of high bits, 64 of low bits, 12 of scales, d                w = d (ls - 32) (code - 4)
+    q4_k  256  d, dmin, 12 bytes of scales and minima, 128 of codes                  w = d ls code - dmin lm
+    q5_k  256  d, dmin, 12 bytes of scales and minima, 32 of high bits, 128          w = d ls code - dmin lm
+    q6_k  256  128 bytes of low bits, 64 of high bits, 16 int8 scales, d             w = d ls (code - 32)
+
+Source: ggml/src/ggml-common.h and ggml-quants.c of llama.cpp; gguf-py's quants.py is the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError, ShapeError
+from .ggml_kquants import FINE_TRIALS, KQUANTS, as_half, encode_super_blocks, join_fields, reciprocal, search_affine, search_scale
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """name: "q4_0". type_id: ggml's enum. block_size: elements of a block. block_bytes: bytes of a block."""
+
+    name: str
+    type_id: int
+    block_size: int
+    block_bytes: int
+
+
+BLOCK_TYPES: dict[str, BlockType] = {
+    kind.name: kind
+    for kind in (
+        BlockType("q4_0", 2, 32, 2 + 16),
+        BlockType("q4_1", 3, 32, 2 + 2 + 16),
+        BlockType("q5_0", 6, 32, 2 + 4 + 16),
+        BlockType("q5_1", 7, 32, 2 + 2 + 4 + 16),
+        BlockType("q8_0", 8, 32, 2 + 32),
+        BlockType("q2_k", 10, 256, 16 + 64 + 2 + 2),
+        BlockType("q3_k", 11, 256, 32 + 64 + 12 + 2),
+        BlockType("q4_k", 12, 256, 2 + 2 + 12 + 128),
+        BlockType("q5_k", 13, 256, 2 + 2 + 12 + 32 + 128),
+        BlockType("q6_k", 14, 256, 128 + 64 + 16 + 2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class _Legacy:
+    """The codes of a 32-element type: bits, and the zero point of the symmetric ones (None: a minimum is stored)."""
+
+    bits: int
+    zero_point: int | None
+
+
+_LEGACY = {
+    "q4_0": _Legacy(4, 8),
+    "q4_1": _Legacy(4, None),
+    "q5_0": _Legacy(5, 16),
+    "q5_1": _Legacy(5, None),
+    "q8_0": _Legacy(8, 128),
+}
+
+# Weights of one pass. Its dozen float32 buffers take at most 32 MB; a CPU is faster when they stay in its cache.
+_CPU_CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 19
+
+# The share of the mean that a column of importance 0 counts for: ggml would store zeros for a block of them.
+_LEAST_IMPORTANCE = 1e-6
+
+
+def decode(blocks: Tensor, type_name: str) -> Tensor:
+    """The values of blocks, bit for bit those of gguf-py and of ggml.
+
+    blocks: uint8 [rows, row_bytes]. Returns float32 [rows, columns].
+    Raises FormatError for an unknown type, ShapeError when row_bytes is not a multiple of block_bytes.
+    """
+    kind = _block_type(type_name)
+    rows = blocks.shape[0]
+    values = torch.empty(rows, _blocks_per_row(blocks, kind) * kind.block_size, dtype=torch.float32, device=blocks.device)
+    for part in _row_chunks(values):
+        values[part] = _decode_blocks(blocks[part].reshape(-1, kind.block_bytes), kind).view(-1, values.shape[1])
+    return values
+
+
+def encode(W: Tensor, type_name: str, *, importance: Tensor | None = None) -> Tensor:
+    """Encode a matrix as ggml blocks; W is not changed.
+
+    W: float [rows, columns]. importance: [columns], the mean square of each input channel (llama.cpp's imatrix); only its proportions
+    matter. Returns uint8 [rows, row_bytes].
+    Without importance, the 32-element types equal llama-quantize bit for bit. Q8_0 does not use importance.
+    Raises ShapeError when columns is not a multiple of the block size or importance is not [columns]; FormatError for an unknown type,
+    NaN or infinity, negative importance, and weights too large for the type's float16 scale.
+    """
+    kind = _block_type(type_name)
+    _check_columns(W, kind)
+    if importance is not None:
+        importance = _relative_importance(importance, W)
+    blocks = torch.empty(W.shape[0], W.shape[1] // kind.block_size * kind.block_bytes, dtype=torch.uint8, device=W.device)
+    for part in _row_chunks(W):
+        X = W[part].detach().float().contiguous()
+        # A finite sum proves all values finite in one pass; an infinite one can also be an overflow.
+        if not torch.isfinite(X.sum()) and not torch.isfinite(X).all():
+            raise FormatError(f"{kind.name}: NaN or infinity among rows {part.start} to {part.stop - 1}; ggml blocks hold finite weights only.")
+        blocks[part] = _encode_rows(X, kind, importance).view(X.shape[0], -1)
+    return blocks
+
+
+def pack_codes(type_name: str, codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> Tensor:
+    """Store existing codes unchanged as blocks of a 32-element type.
+
+    codes: uint8 [rows, columns]. scale, minimum: float16 [rows, columns // 32]. w = (code - z) * scale with z = 8 (q4_0), 16 (q5_0),
+    128 (q8_0); w = code * scale + minimum (q4_1, q5_1).
+    Returns uint8 [rows, row_bytes].
+    Raises FormatError for another type, a code out of range, a minimum too many or missing; ShapeError for a shape that does not fit.
+    """
+    kind, legacy = _legacy_type(type_name)
+    _check_columns(codes, kind)
+    if (minimum is None) != (legacy.zero_point is not None):
+        raise FormatError(f"{type_name} {'stores no' if minimum is not None else 'needs a'} minimum.")
+    for name, parameter in (("scale", scale), ("minimum", minimum)):
+        expected = [codes.shape[0], codes.shape[1] // kind.block_size]
+        if parameter is not None and list(parameter.shape) != expected:
+            raise ShapeError(f"{type_name}: {name} is {list(parameter.shape)} and codes {list(codes.shape)} need {expected}.")
+    if codes.numel() and int(codes.max()) >> legacy.bits:
+        raise FormatError(f"{type_name} holds codes 0 to {(1 << legacy.bits) - 1}; got {int(codes.max())}.")
+    columns = (t.reshape(-1, 1) for t in (scale, minimum) if t is not None)
+    return _pack_legacy(codes.reshape(-1, kind.block_size), *columns, legacy=legacy).view(codes.shape[0], -1)
+
+
+def unpack_codes(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of pack_codes: codes uint8 [rows, columns], scale and minimum (or None) float16 [rows, columns // 32]."""
+    kind, legacy = _legacy_type(type_name)
+    shape = (blocks.shape[0], _blocks_per_row(blocks, kind))
+    codes, scale, minimum = _unpack_legacy(blocks.reshape(-1, kind.block_bytes), legacy)
+    return codes.reshape(shape[0], -1), scale.reshape(shape), None if minimum is None else minimum.reshape(shape)
+
+
+def _block_type(type_name: str) -> BlockType:
+    if type_name not in BLOCK_TYPES:
+        raise FormatError(f"ggml block type {type_name!r} is not known; known: {', '.join(BLOCK_TYPES)}.")
+    return BLOCK_TYPES[type_name]
+
+
+def _legacy_type(type_name: str) -> tuple[BlockType, _Legacy]:
+    if type_name not in _LEGACY:
+        raise FormatError(f"plain codes cannot be stored as {type_name!r}; they can as {', '.join(_LEGACY)}.")
+    return BLOCK_TYPES[type_name], _LEGACY[type_name]
+
+
+def _check_columns(W: Tensor, kind: BlockType) -> None:
+    if W.ndim != 2:
+        raise ShapeError(f"{kind.name} encodes a matrix [rows, columns]; got {list(W.shape)}.")
+    if W.shape[1] % kind.block_size:
+        raise ShapeError(f"{kind.name} needs columns to be a multiple of {kind.block_size}, and {W.shape[1]} is not.")
+
+
+def _blocks_per_row(blocks: Tensor, kind: BlockType) -> int:
+    if blocks.dtype != torch.uint8:
+        raise FormatError(f"{kind.name}: blocks are uint8; got {blocks.dtype}.")
+    if blocks.ndim != 2 or blocks.shape[1] % kind.block_bytes:
+        raise ShapeError(f"{kind.name}: blocks are [rows, a multiple of {kind.block_bytes} bytes]; got {list(blocks.shape)}.")
+    return blocks.shape[1] // kind.block_bytes
+
+
+def _relative_importance(importance: Tensor, W: Tensor) -> Tensor:
+    """Importance float32 [columns] on W's device, divided by its mean (float32 sums could underflow) and positive everywhere."""
+    if list(importance.shape) != [W.shape[1]]:
+        raise ShapeError(f"importance has one value for each of {W.shape[1]} columns; got {list(importance.shape)}.")
+    importance = importance.to(W.device, torch.float32)
+    if not torch.isfinite(importance).all() or (importance < 0).any():
+        raise FormatError("importance holds NaN, infinity or negative values; it is a mean of squares.")
+    mean = importance.mean(dtype=torch.float64).float()
+    return torch.ones_like(importance) if mean == 0 else (importance / mean).clamp_min_(_LEAST_IMPORTANCE)
+
+
+def _row_chunks(W: Tensor) -> list[slice]:
+    size = _CPU_CHUNK if W.device.type == "cpu" else _DEVICE_CHUNK
+    step = max(1, size // max(1, W.shape[1]))
+    return [slice(start, min(start + step, W.shape[0])) for start in range(0, W.shape[0], step)]
+
+
+def _encode_rows(X: Tensor, kind: BlockType, importance: Tensor | None) -> Tensor:
+    """Blocks uint8 [blocks, block_bytes] of rows X float32 [rows, columns]; importance [columns], positive."""
+    groups = X.reshape(-1, kind.block_size)
+    if kind.name in KQUANTS:
+        return encode_super_blocks(groups, kind.name, None if importance is None else importance.expand_as(X).reshape(groups.shape))
+    legacy = _LEGACY[kind.name]
+    if kind.name == "q8_0":
+        fitted = _round_to_absmax(groups)
+    elif importance is not None:
+        weights = (X.square() + X.square().mean(1, keepdim=True)).sqrt_().mul_(importance).view(groups.shape)
+        fitted = _fit_weighted(groups.t().contiguous(), weights.t().contiguous(), legacy)
+    elif legacy.zero_point is not None:
+        fitted = _round_to_peak(groups, legacy.zero_point)
+    else:
+        fitted = _round_to_range(groups, (1 << legacy.bits) - 1)
+    return _pack_legacy(*fitted, legacy=legacy)
+
+
+def _round_to_peak(X: Tensor, zero_point: int) -> tuple[Tensor, Tensor]:
+    """Codes and scale float16 [blocks, 1] of q4_0, q5_0: the first value of largest magnitude gets code 0; halves round up."""
+    top, bottom = X.amax(1, keepdim=True), X.amin(1, keepdim=True)
+    peak = torch.where(top >= -bottom, top, bottom)
+    tied = ((top == -bottom) & (top > 0)).squeeze(1).nonzero().squeeze(1)
+    if tied.numel():
+        peak[tied] = X[tied].gather(1, X[tied].abs().argmax(1, keepdim=True))
+    scale = peak / -zero_point
+    codes = (X * reciprocal(scale)).add_(zero_point + 0.5).clamp_(0, 2 * zero_point - 1)
+    return codes.to(torch.uint8), as_half(scale)
+
+
+def _round_to_range(X: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and minimum float16 [blocks, 1] of q4_1, q5_1: the range in equal steps; halves round up."""
+    minimum = X.amin(1, keepdim=True)
+    scale = (X.amax(1, keepdim=True) - minimum) / levels
+    codes = (X - minimum).mul_(reciprocal(scale)).add_(0.5)
+    return codes.to(torch.uint8), as_half(scale), as_half(minimum)
+
+
+def _round_to_absmax(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scale float16 [blocks, 1] of q8_0: absmax gets 127 steps; halves round away from zero."""
+    scale = X.abs().amax(1, keepdim=True) / 127
+    steps = X * reciprocal(scale)
+    # Conversion cuts fractions off. The largest float below a half, unlike a half, never carries a lesser fraction to the next integer.
+    steps += torch.copysign(steps.new_tensor(0.5).nextafter(steps.new_tensor(0.0)), steps)
+    return steps.to(torch.int8).view(torch.uint8) ^ 128, as_half(scale)
+
+
+def _fit_weighted(X: Tensor, W: Tensor, legacy: _Legacy) -> tuple[Tensor, ...]:
+    """Codes [blocks, 32], scale and, for q4_1 and q5_1, minimum float16 [blocks, 1] by search; X, W float32 [32, blocks]."""
+    top = (1 << legacy.bits) - 1
+    if legacy.zero_point is None:
+        scale, minimum = (as_half(t) for t in search_affine(X, W, levels=top, trials=FINE_TRIALS, signed_minimum=True))
+        codes = (X - minimum.float()).mul_(reciprocal(scale.float())).round_().clamp_(0, top)
+        return codes.to(torch.uint8).t().contiguous(), scale.unsqueeze(1), minimum.unsqueeze(1)
+    scale = as_half(search_scale(X, W, low=-legacy.zero_point, high=legacy.zero_point - 1, trials=FINE_TRIALS))
+    codes = (X * reciprocal(scale.float())).round_().add_(legacy.zero_point).clamp_(0, top)
+    return codes.to(torch.uint8).t().contiguous(), scale.unsqueeze(1)
+
+
+def _pack_legacy(codes: Tensor, *parameters: Tensor, legacy: _Legacy) -> Tensor:
+    """uint8 codes [blocks, 32] and float16 parameters [blocks, 1] to [blocks, block_bytes]."""
+    parts = [parameter.contiguous().view(torch.uint8) for parameter in parameters]
+    if legacy.bits == 8:
+        parts.append(codes ^ 128)
+    if legacy.bits == 5:
+        parts.append(join_fields((codes >> 4).view(-1, 4, 8).transpose(1, 2), 1))
+        codes = codes & 15
+    if legacy.bits < 8:
+        parts.append(join_fields(codes.view(-1, 2, 16), 4))
+    return torch.cat(parts, dim=1)
+
+
+def _unpack_legacy(blocks: Tensor, legacy: _Legacy) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of _pack_legacy: codes [blocks, 32], scale and minimum (or None) [blocks, 1]."""
+    scale, rest = _split_half(blocks)
+    minimum = None
+    if legacy.zero_point is None:
+        minimum, rest = _split_half(rest)
+    if legacy.bits == 8:
+        return rest ^ 128, scale, minimum
+    codes = _split_fields(rest[:, -16:], 4, 2).flatten(1)
+    if legacy.bits == 5:
+        codes |= _split_fields(rest[:, :4], 1, 8).transpose(1, 2).flatten(1) << 4
+    return codes, scale, minimum
+
+
+def _split_half(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The float16 [blocks, 1] at the start of each block, and the bytes after it."""
+    return blocks[:, :2].contiguous().view(torch.float16), blocks[:, 2:]
+
+
+def _decode_blocks(blocks: Tensor, kind: BlockType) -> Tensor:
+    """float32 [blocks, block_size] of uint8 [blocks, block_bytes]."""
+    if kind.name in KQUANTS:
+        return _decode_super_blocks(blocks, kind.name)
+    legacy = _LEGACY[kind.name]
+    codes, scale, minimum = _unpack_legacy(blocks, legacy)
+    if minimum is None:
+        return (codes.float() - legacy.zero_point).mul_(scale.float())
+    return codes.float().mul_(scale.float()).add_(minimum.float())
+
+
+def _decode_super_blocks(blocks: Tensor, type_name: str) -> Tensor:
+    """float32 [blocks, 256] of uint8 [blocks, block_bytes]."""
+    codes, scale, minimum = _SPLIT[type_name](blocks)
+    values = codes.view(*scale.shape, -1).float().mul_(scale.unsqueeze(2))
+    if minimum is not None:
+        values -= minimum.unsqueeze(2)
+    return values.flatten(1)
+
+
+def _split_q2_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scales, low_bits, d, dmin = blocks.split([16, 64, 2, 2], dim=1)
+    return _quarters(low_bits), _half(d) * (scales & 15), _half(dmin) * (scales >> 4)
+
+
+def _split_q3_k(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
+    high_bits, low_bits, scales, d = blocks.split([32, 64, 12, 2], dim=1)
+    codes = _quarters(low_bits) | _split_fields(high_bits, 1, 8).flatten(1) << 2
+    ls = _split_fields(scales[:, :8], 4, 2).flatten(1) | _split_fields(scales[:, 8:], 2, 4).flatten(1) << 4
+    return codes.view(torch.int8) - 4, _half(d) * (ls.view(torch.int8) - 32), None
+
+
+def _split_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d, dmin, scales, low_bits = blocks.split([2, 2, 12, 128], dim=1)
+    ls, lm = _six_bit_pairs(scales)
+    return _halves(low_bits), _half(d) * ls, _half(dmin) * lm
+
+
+def _split_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d, dmin, scales, high_bits, low_bits = blocks.split([2, 2, 12, 32, 128], dim=1)
+    ls, lm = _six_bit_pairs(scales)
+    return _halves(low_bits) | _split_fields(high_bits, 1, 8).flatten(1) << 4, _half(d) * ls, _half(dmin) * lm
+
+
+def _split_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
+    low_bits, high_bits, scales, d = blocks.split([128, 64, 16, 2], dim=1)
+    codes = _split_fields(low_bits.reshape(-1, 2, 64), 4, 2).flatten(1) | _quarters(high_bits) << 4
+    return codes.view(torch.int8) - 32, _half(d) * scales.contiguous().view(torch.int8), None
+
+
+_SPLIT = {"q2_k": _split_q2_k, "q3_k": _split_q3_k, "q4_k": _split_q4_k, "q5_k": _split_q5_k, "q6_k": _split_q6_k}
+
+
+def _half(field: Tensor) -> Tensor:
+    return field.contiguous().view(torch.float16).float()
+
+
+def _quarters(field: Tensor) -> Tensor:
+    """256 two-bit fields of 64 bytes; every 32 bytes hold 128 elements."""
+    return _split_fields(field.reshape(-1, 2, 32), 2, 4).flatten(1)
+
+
+def _halves(field: Tensor) -> Tensor:
+    """256 four-bit fields of 128 bytes; every 32 bytes hold 64 elements."""
+    return _split_fields(field.reshape(-1, 4, 32), 4, 2).flatten(1)
+
+
+def _six_bit_pairs(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Eight 6-bit scales and minima of 12 bytes; the top two bits of the last four are in the first eight bytes."""
+    first, second, last = scales.split(4, dim=1)
+    ls = torch.cat([first & 63, last & 15 | first >> 6 << 4], dim=1)
+    return ls, torch.cat([second & 63, last >> 4 | second >> 6 << 4], dim=1)
+
+
+def _split_fields(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of join_fields: uint8 [..., bytes] to [..., count, bytes]."""
+    shifts = torch.arange(0, bits * count, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+    return packed.unsqueeze(-2) >> shifts & (1 << bits) - 1

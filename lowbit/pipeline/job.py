@@ -1,0 +1,109 @@
+"""The work folder of a quantize job: what is done so far, so that a killed job goes on where it stopped.
+
+    OUT.work/job.json                    what the job is: recipe, model, data, versions; a different job is refused
+    OUT.work/block-00007.safetensors     the quantized matrices of block 7 (codes packed), then
+    OUT.work/block-00007.json            their records; its presence means that the block is done
+    OUT.work/hidden-0.bin, hidden-1.bin  hidden states: block b reads hidden-(b % 2) and writes the other
+
+A block's files are written to a sibling, synced and renamed, and its input hidden states stay until it is done: redoing it gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..checkpoints import LazyQuantized
+from ..checkpoints.safetensors import read_json, sync, write_text
+from ..errors import JobError
+from ..numerics import nbytes, packing
+from ..scheme import INT, Scheme
+from ..tensor import QuantizedTensor
+
+
+class Job:
+    """One quantize job's work folder beside its output."""
+
+    def __init__(self, output: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
+        self.folder = output.with_name(output.name + ".work")
+        self.resumed = False
+        if output.exists() and not overwrite:
+            raise JobError(f"{output} exists already. Choose another -o, or --overwrite to replace it when the new one is whole.")
+        if self.folder.exists() and not resume:
+            if not overwrite:
+                raise JobError(f"{self.folder} holds an unfinished job. Go on with --resume, or begin anew with --overwrite.")
+            shutil.rmtree(self.folder)
+        if (self.folder / "job.json").exists():
+            self._refuse_other(read_json(self.folder / "job.json"), key)
+            self.resumed = True
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "job.json", json.dumps(key, indent=2, sort_keys=True, default=str) + "\n")
+        except OSError as error:
+            raise JobError(f"{self.folder} cannot be written: {error.strerror}. Choose another place with -o.") from error
+
+    def _refuse_other(self, stored: dict, key: dict) -> None:
+        key = json.loads(json.dumps(key, default=str))
+        different = [name for name in key if stored.get(name) != key[name]]
+        if different:
+            raise JobError(
+                f"{self.folder} holds another job: its {', '.join(different)} differ from this command's. Repeat the first command with --resume, or begin anew with --overwrite."
+            )
+
+    def hidden_file(self, block: int) -> Path:
+        """The file of the hidden states that block reads."""
+        return self.folder / f"hidden-{block % 2}.bin"
+
+    def done(self, part: str) -> bool:
+        return (self.folder / f"{part}.json").exists()
+
+    def save(self, part: str, tensors: dict[str, QuantizedTensor], records: dict) -> None:
+        """Store the matrices and records of one part (a block); it counts as done when this returns."""
+        flat, schemes = {}, {}
+        for name, qt in tensors.items():
+            schemes[name] = {"scheme": qt.scheme.to_dict(), "shape": list(qt.shape), "dtype": qt.dtype}
+            for key, value in qt.parts.items():
+                flat[f"{name}|{key}"] = packing.pack(value, qt.scheme.bits) if key == "codes" else value.contiguous()
+        temporary = self.folder / f"{part}.tmp"
+        save_file(flat, temporary)
+        sync(temporary)
+        os.replace(temporary, self.folder / f"{part}.safetensors")
+        write_text(self.folder / f"{part}.json", json.dumps({"records": records, "tensors": schemes}, indent=1) + "\n")
+
+    def records(self, part: str) -> dict:
+        return read_json(self.folder / f"{part}.json")["records"]
+
+    def quantized(self, part: str) -> dict[str, LazyQuantized]:
+        """The stored matrices of a part, lazily."""
+        try:
+            handle = safe_open(self.folder / f"{part}.safetensors", framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise JobError(f"{self.folder / part}.safetensors is damaged: {error}. Begin anew with --overwrite.") from error
+        return {
+            name: _lazy(handle, name, Scheme.from_dict(entry["scheme"]), tuple(entry["shape"]), entry["dtype"])
+            for name, entry in read_json(self.folder / f"{part}.json")["tensors"].items()
+        }
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lazy(handle, name: str, scheme: Scheme, shape: tuple[int, int], dtype: str) -> LazyQuantized:
+    import torch
+
+    keys = [key for key in handle.keys() if key.rpartition("|")[0] == name]  # noqa: SIM118  (a safetensors handle is no dict)
+
+    def load() -> QuantizedTensor:
+        parts = {}
+        for key in keys:
+            part, value = key.rpartition("|")[2], handle.get_tensor(key)
+            parts[part] = packing.unpack(value, scheme.bits, shape[1]) if part == "codes" and scheme.format == INT else value
+        return QuantizedTensor(scheme, shape, dtype, parts)
+
+    return LazyQuantized(scheme, shape, getattr(torch, dtype), load, nbytes(scheme, shape))

@@ -1,0 +1,142 @@
+"""Quantizing the matrices of one block: one call per set of matrices that share input, scheme and algorithm, with a record of each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import numerics
+from ..algorithms import algorithm
+from ..models.linears import Linear, get_weight, set_weight
+from ..scheme import INT
+from ..stats import LayerStats, merge
+from ..tensor import QuantizedTensor
+from .collect import InputGroup, symmetrize
+from .recipes import LayerPlan
+
+HISTOGRAM_BINS = 40
+
+
+def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPlan], dtypes: dict[str, str]) -> tuple[dict[str, QuantizedTensor], dict[str, dict]]:
+    """Quantize the matrices of an input group, put the decoded values into the block, and say what was done.
+
+    dtypes: each weight's own dtype in the checkpoint. Returns the tensors and their records by name.
+    """
+    if group.stats.hessian is not None:
+        symmetrize(group.stats.hessian)
+    tensors: dict[str, QuantizedTensor] = {}
+    records: dict[str, dict] = {}
+    for linears in _alike(group.linears, plans):
+        plan = plans[linears[0].name]
+        W = torch.cat([get_weight(block, linear).float() for linear in linears])
+        for linear in linears:
+            numerics.refuse_bad_values(get_weight(block, linear), linear.name)
+        notes: list[str] = []
+        made = algorithm(plan.algorithm).run(W, plan.scheme, group.stats, plan.options, notes)
+        decoded = numerics.dequantize(made)
+        rounded = _rounded(W, plan) if group.stats.hessian is not None and plan.algorithm != "rtn" else None
+        start = 0
+        for linear in linears:
+            rows = slice(start, start + linear.shape[0])
+            start = rows.stop
+            tensors[linear.name] = _rows(made, rows, dtypes[linear.name])
+            records[linear.name] = _record(linear, plan, group.stats, W[rows], decoded[rows], None if rounded is None else rounded[rows], notes)
+            set_weight(block, linear, decoded[rows])
+    return tensors, records
+
+
+def _alike(linears: list[Linear], plans: dict[str, LayerPlan]) -> list[list[Linear]]:
+    """Matrices with the same plan, which a rowwise algorithm takes as one; others one by one."""
+    sets: dict[object, list[Linear]] = {}
+    for linear in linears:
+        plan = plans.get(linear.name)
+        if plan is None:
+            continue
+        together = algorithm(plan.algorithm).rowwise and plan.scheme.block != (-1, -1)
+        sets.setdefault((plan.scheme, plan.algorithm, plan.options, None if together else linear.name), []).append(linear)
+    return list(sets.values())
+
+
+def _rows(qt: QuantizedTensor, rows: slice, dtype: str) -> QuantizedTensor:
+    """Some output rows of a quantized matrix, as standing for a weight of the given dtype."""
+    if qt.scheme.block == (-1, -1) and qt.scheme.format == INT:
+        return QuantizedTensor(qt.scheme, qt.shape, dtype, qt.parts)
+    return QuantizedTensor(qt.scheme, (rows.stop - rows.start, qt.shape[1]), dtype, {key: value[rows].contiguous() for key, value in qt.parts.items()})
+
+
+def _rounded(W: Tensor, plan: LayerPlan) -> Tensor:
+    """Plain rounding of the same weight to the same scheme: what the algorithm is compared with."""
+    return numerics.dequantize(numerics.quantize(W, plan.scheme))
+
+
+def _record(linear: Linear, plan: LayerPlan, stats: LayerStats, W: Tensor, decoded: Tensor, rounded: Tensor | None, notes: list[str]) -> dict:
+    error = decoded - W
+    record = {
+        "scheme": plan.scheme.name,
+        "algorithm": plan.algorithm,
+        "shape": list(linear.shape),
+        "bits_per_weight": round(numerics.bits_per_weight(plan.scheme, linear.shape), 4),
+        "weight_error": _round(float(error.square().sum() / W.square().sum().clamp(min=1e-30))),
+    }
+    if stats.n_tokens:
+        record["tokens"] = stats.n_tokens
+    if stats.hessian is not None:
+        norm = output_energy(W, stats.hessian)
+        record["output_error"] = _round(output_energy(error, stats.hessian) / max(norm, 1e-30))
+        if rounded is not None:
+            record["rtn_output_error"] = _round(output_energy(rounded - W, stats.hessian) / max(norm, 1e-30))
+    if notes or plan.notes:
+        record["notes"] = [*plan.notes, *notes]
+    record["histograms"] = _histograms(W, error)
+    return record
+
+
+def output_energy(D: Tensor, H: Tensor) -> float:
+    """tr(D H D^T): the squared output that D [out, in] makes of the calibration inputs; products in bfloat16, sum in float32."""
+    return float((D.bfloat16() @ H.bfloat16()).float().mul_(D).sum())
+
+
+def _histograms(W: Tensor, error: Tensor) -> dict:
+    """Counts of weights and of errors in equal bins over [-limit, limit], limit = 4 standard deviations of the weights (errors: a quarter)."""
+    limit = float(W.std()) * 4 or 1.0
+    counts = {"limit": _round(limit)}
+    for key, values, reach in (("weight", W, limit), ("error", error, limit / 4)):
+        counts[key] = torch.histc(values, HISTOGRAM_BINS, -reach, reach).int().tolist()
+    return counts
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def share_scarce(groups: list[InputGroup]) -> dict[str, str]:
+    """Give experts that saw fewer tokens than they have inputs the statistics of all experts of their layer, as far as they lack.
+
+    H_expert + (in_features - tokens) / tokens_of_all * H_all. Returns a note by weight name.
+    """
+    notes: dict[str, str] = {}
+    for alike in _expert_layers(groups).values():
+        pool = LayerStats()
+        for group in alike:
+            pool = merge(pool, group.stats)
+        for group in alike:
+            need = group.linears[0].shape[1]
+            seen = group.stats.n_tokens
+            if seen >= need or pool.n_tokens == 0 or pool.hessian is None:
+                continue
+            share = (need - seen) / pool.n_tokens
+            group.stats.hessian = pool.hessian * share if group.stats.hessian is None else group.stats.hessian + pool.hessian * share
+            for linear in group.linears:
+                notes[linear.name] = f"this expert saw {seen} tokens of {pool.n_tokens}, fewer than its {need} inputs: the statistics of all experts of the layer were mixed in"
+    return notes
+
+
+def _expert_layers(groups: list[InputGroup]) -> dict[tuple, list[InputGroup]]:
+    layers: dict[tuple, list[InputGroup]] = {}
+    for group in groups:
+        leader = group.linears[0]
+        if leader.expert is not None:
+            layers.setdefault((leader.module, leader.parameter), []).append(group)
+    return layers
+
+

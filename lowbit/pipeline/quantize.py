@@ -1,0 +1,491 @@
+"""The main job: read a model, calibrate, quantize block by block, write what the target's programs load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from .. import __version__, numerics
+from ..algorithms import algorithm
+from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
+from ..errors import ModelError
+from ..models import skeleton as sk
+from ..models.linears import Linear, find_linears
+from ..models.skeleton import Skeleton
+from ..progress import SILENT, Progress
+from ..recipe import Calibration, Recipe
+from ..tensor import QuantizedTensor
+from . import recipes, resources
+from .calibration import Windows, calibration_windows
+from .collect import Collector, InputGroup, StopBlock
+from .hidden import HiddenStates
+from .job import Job
+from .layers import quantize_group, share_scarce
+from .locate import load_tokenizer, locate
+from .recipes import LayerPlan
+from .selfgen import self_texts
+from .streaming import Streamer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What quantize made. path: the folder or file. provenance: recipe, data, versions and a record of every layer. seconds, peak_memory_bytes: of this run (RssAnon)."""
+
+    path: Path
+    provenance: dict
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def layers(self) -> dict[str, dict]:
+        return self.provenance["layers"]
+
+
+@dataclass
+class _Setup:
+    """Everything that is known before the first weight is loaded."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    recipe: Recipe
+    plans: dict[str, LayerPlan]
+    linears: list[list[Linear]]
+    outside: dict[str, tuple[int, int]]
+    needs: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress
+    notes: list[str]
+
+
+def quantize(
+    model: str | Path | transformers.PreTrainedModel,
+    recipe: str | Path | Recipe | None = None,
+    output: str | Path | None = None,
+    *,
+    target_name: str | None = None,
+    calibration: str | Path | None = None,
+    n_samples: int | None = None,
+    seq_len: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Result:
+    """Quantize a model and write it; the model is streamed block by block and never held whole.
+
+    model: a Hugging Face folder, a hub id, a GGUF file, or a transformers model (which is saved to a temporary folder first).
+    recipe: a preset, a short form ("int4-asym-g128-gptq"), a TOML file or a Recipe; None: the target's default.
+    output: a new folder (or .gguf file); None: MODEL-RECIPE in the current folder. target_name: compressed-tensors, gguf or safetensors.
+    calibration, n_samples, seq_len: override the recipe's. dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
+    resume: go on with a job that was stopped; the result has the bytes of an undisturbed run.
+    Raises LowbitError (a subclass says of what kind) before any work on bad input; earlier results are left as they are.
+    """
+    started, peak = time.monotonic(), resources.PeakMemory()
+    with _as_path(model) as path:
+        draft = recipes.parse(recipe, target_name=target_name or _target_of(output))
+        located = locate(path, progress=progress)
+        output = Path(output) if output is not None else Path(_default_name(located, draft.recipe))
+        setup = _set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress)
+        with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
+            tokenizer_needed = bool(setup.needs) or setup.checkpoint.kind == "gguf"
+            tokenizer = load_tokenizer(setup.checkpoint, Path(scratch)) if tokenizer_needed else None
+            windows = _windows(setup, tokenizer) if setup.needs else None
+            job = Job(output, _key(setup, windows), resume=resume, overwrite=overwrite)
+            _check_resources(setup, windows, output, job)
+            with _log_file(output):
+                log.info("model %s, output %s", located, output)
+                _run(setup, windows, job, peak)
+                peak.look()
+                made = _assemble(setup, windows, job, tokenizer)
+                _write(made, setup.recipe.target, output, progress, overwrite=overwrite)
+                job.remove()
+                peak.look()
+                seconds = time.monotonic() - started
+                log.info("done in %.1f s, peak RssAnon %s", seconds, resources.human(peak.peak_bytes))
+    return Result(output, made.provenance, seconds, peak.peak_bytes)
+
+
+@contextmanager
+def _as_path(model) -> Iterator[str | Path]:
+    if not isinstance(model, transformers.PreTrainedModel):
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+        model.save_pretrained(folder)
+        name = model.config._name_or_path
+        if Path(name).is_dir():
+            for file in open_checkpoint(Path(name)).files:
+                shutil.copy(file, folder)
+        yield Path(folder)
+
+
+def _target_of(output: str | Path | None) -> str | None:
+    """An output called .gguf says what is wanted."""
+    return "gguf" if output is not None and str(output).endswith(".gguf") else None
+
+
+def _default_name(path: Path, recipe: Recipe) -> str:
+    return f"{path.name.removesuffix('.gguf')}-{recipe.name.removesuffix('.toml').replace('/', '_')}{target(recipe.target).suffix}"
+
+
+def _set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress) -> _Setup:
+    checkpoint = open_checkpoint(path)
+    if checkpoint.kind == "compressed-tensors":
+        progress.note("This checkpoint is quantized already; what is lost comes on top of what was lost before.")
+    skeleton = sk.build(checkpoint)
+    linears = [find_linears(skeleton, index) for index in range(len(skeleton.blocks))]
+    shapes = {linear.name: linear.shape for block in linears for linear in block}
+    outside = outside_matrices(skeleton)
+    recipe, notes = recipes.settle(draft, shapes, _dtype_name(checkpoint, next(iter(shapes))))
+    for note in notes:
+        progress.note(note)
+    recipe = replace(recipe, seed=seed, calibration=_override(recipe.calibration, skeleton, calibration, n_samples, seq_len))
+    if recipe.target == "gguf":
+        from ..checkpoints.gguf import supported
+
+        supported(checkpoint.config)
+    plans = recipes.resolve(recipe, shapes, outside)
+    needs = tuple(sorted({need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}))
+    chosen = resources.choose_device(device)
+    return _Setup(checkpoint, skeleton, recipe, plans, linears, outside, needs, chosen, resources.choose_dtype(dtype, chosen), progress, notes)
+
+
+def _override(base: Calibration, skeleton: Skeleton, source, n_samples, seq_len) -> Calibration:
+    limit = getattr(skeleton.text_config, "max_position_embeddings", None) or 2048
+    made = replace(
+        base,
+        source=str(source) if source is not None else base.source,
+        n_samples=n_samples if n_samples is not None else base.n_samples,
+        seq_len=seq_len if seq_len is not None else min(base.seq_len, limit),
+    )
+    if made.seq_len > limit:
+        raise ModelError(f"seq_len is {made.seq_len}, and this model takes at most {limit} tokens.")
+    return made
+
+
+def outside_matrices(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+    """Embedding and head (once when tied), by checkpoint name."""
+    found = {}
+    for module in (skeleton.text.get_input_embeddings(), skeleton.model.get_output_embeddings()):
+        for name, other in skeleton.model.named_modules():
+            if other is module and f"{name}.weight" in skeleton.sources:
+                found[skeleton.sources[f"{name}.weight"].flat()[0]] = tuple(module.weight.shape)
+    return found
+
+
+def _dtype_name(checkpoint: Checkpoint, name: str) -> str:
+    entry = checkpoint.tensors.get(name) or checkpoint.quantized[name]
+    dtype = str(entry.dtype).removeprefix("torch.")
+    return dtype if dtype in ("float32", "float16", "bfloat16") else "float32"
+
+
+def _windows(setup: _Setup, tokenizer) -> Windows:
+    calibration = setup.recipe.calibration
+    if calibration.source == "self":
+        texts = self_texts(setup.checkpoint, tokenizer, calibration, seed=setup.recipe.seed, progress=setup.progress)
+        from .calibration import packed
+
+        return packed(texts, tokenizer, length=calibration.seq_len, count=calibration.n_samples)
+    return calibration_windows(calibration, tokenizer, progress=setup.progress)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of every tensor's name, shape and dtype and of the config: what the model is, without reading its weights."""
+    entries = sorted((name, list(t.shape), str(t.dtype)) for name, t in {**checkpoint.tensors, **checkpoint.quantized}.items())
+    return hashlib.sha256(json.dumps([entries, checkpoint.config], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _key(setup: _Setup, windows: Windows | None) -> dict:
+    """What must be the same for a job to be resumed."""
+    weights = [p for p in (setup.checkpoint.path.iterdir() if setup.checkpoint.path.is_dir() else [setup.checkpoint.path]) if p.suffix in (".safetensors", ".gguf")]
+    return {
+        "lowbit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": fingerprint(setup.checkpoint),
+        "weights": sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights),
+        "recipe": setup.recipe.to_dict(),
+        "data": windows.digest if windows else None,
+        "dtype": str(setup.dtype),
+        "device": setup.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _check_resources(setup: _Setup, windows: Windows | None, output: Path, job: Job) -> None:
+    quantized = sum(numerics.nbytes(plan.scheme, shape) for plan, shape in _planned_shapes(setup))
+    kept = sum(t.nbytes for name, t in setup.checkpoint.tensors.items() if name not in setup.plans)
+    hidden = 0 if windows is None else 2 * windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize
+    disk = 2 * quantized + kept + hidden  # the work folder and the output exist side by side for a while
+    if not job.resumed:
+        resources.require_disk(output.absolute().parent, disk, purpose="This job")
+    resources.require_memory(memory_estimate(setup, windows), purpose="This job")
+
+
+def _planned_shapes(setup: _Setup):
+    shapes = {linear.name: linear.shape for block in setup.linears for linear in block} | setup.outside
+    return [(plan, shapes[name]) for name, plan in setup.plans.items()]
+
+
+def memory_estimate(setup: _Setup, windows: Windows | None) -> int:
+    """Bytes that the job will hold at its peak: a block in the compute dtype, its Hessians, and the largest matrix several times in float32."""
+    block = max(setup.skeleton.block_bytes(i, setup.dtype) for i in range(len(setup.skeleton.blocks)))
+    largest = max(linear.shape[0] * linear.shape[1] for block_linears in setup.linears for linear in block_linears) * 4
+    if windows is None:
+        return largest * 5
+    keys = {(linear.module, linear.parameter, linear.expert): linear.shape[1] for linear in setup.linears[0]}
+    hessians = sum(width * width * 4 for width in keys.values()) if "hessian" in setup.needs else 0
+    return 2 * block + hessians + 8 * largest
+
+
+def _run(setup: _Setup, windows: Windows | None, job: Job, peak: resources.PeakMemory) -> None:
+    """Quantize every block that is not done yet."""
+    depth = len(setup.skeleton.blocks)
+    first = next((i for i in range(depth) if not job.done(_part(i))), depth)
+    if first:
+        setup.progress.note(f"Going on at block {first + 1} of {depth}.")
+    if windows is None:
+        _run_without_data(setup, job, first, peak)
+        return
+    if first == depth:
+        return
+    streamer = Streamer(setup.skeleton, windows.batches(), dtype=setup.dtype, device=setup.device)
+
+    def states(block: int) -> HiddenStates:
+        return HiddenStates(streamer.shapes, streamer.hidden_size, setup.dtype, file=job.hidden_file(block))
+
+    source = states(first)
+    streamer.record(source if first == 0 else None)
+    worker = _BlockWorker(setup, streamer, peak)
+    with setup.progress.step("Quantizing blocks", depth * worker.steps_per_block) as advance:
+        advance(first * worker.steps_per_block)
+        for index in range(first, depth):
+            goal = states(index + 1)
+            tensors, records = worker.run(index, source, goal if index + 1 < depth else None, advance)
+            goal.sync()
+            job.save(_part(index), tensors, records)
+            source = goal
+            peak.look()
+            log.info("block %d of %d done, RssAnon %s", index + 1, depth, resources.human(peak.peak_bytes))
+
+
+def _part(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def _run_without_data(setup: _Setup, job: Job, first: int, peak: resources.PeakMemory) -> None:
+    """Algorithms that need no statistics: every matrix on its own, no forward pass."""
+    with setup.progress.step("Quantizing blocks", len(setup.linears)) as advance:
+        advance(first)
+        for index in range(first, len(setup.linears)):
+            block = sk.load_module(setup.skeleton, setup.skeleton.block_name(index), torch.float32, setup.device)
+            tensors, records = {}, {}
+            for linear in setup.linears[index]:
+                made, record = quantize_group(block, InputGroup([linear]), setup.plans, _dtypes(setup, [linear]))
+                tensors |= made
+                records |= record
+            job.save(_part(index), tensors, records)
+            peak.look()
+            advance()
+
+
+def _dtypes(setup: _Setup, linears: list[Linear]) -> dict[str, str]:
+    return {linear.name: _dtype_name(setup.checkpoint, linear.name) for linear in linears}
+
+
+class _BlockWorker:
+    """Quantizes one block after the other: passes that collect statistics, the algorithm, a pass through the quantized block."""
+
+    def __init__(self, setup: _Setup, streamer: Streamer, peak: resources.PeakMemory) -> None:
+        self.setup, self.streamer, self.peak = setup, streamer, peak
+        self._plans: dict[tuple, list[list[tuple[str, ...]]]] = {}  # input groups of blocks that look alike
+        self.steps_per_block = 2 * len(streamer.batches)
+
+    def run(self, index: int, source: HiddenStates, goal: HiddenStates | None, advance: Callable[[int], None]) -> tuple[dict[str, QuantizedTensor], dict[str, dict]]:
+        setup, streamer = self.setup, self.streamer
+        block = streamer.load_block(index)
+        linears = [linear for linear in setup.linears[index] if linear.name in setup.plans]
+        collector = Collector(block, linears)
+        groups = self._groups(collector, linears, index, block, source) if linears else []
+        stages = [[group] for group in groups] if setup.recipe.true_sequential else [groups] if groups else []
+        tensors, records = {}, {}
+        for number, stage in enumerate(stages):
+            self._collect(collector, stage, index, block, source, advance if number == 0 else lambda n=1: None)
+            notes = share_scarce(stage)
+            for group in stage:
+                made, record = quantize_group(block, group, setup.plans, _dtypes(setup, group.linears))
+                for name in record.keys() & notes.keys():
+                    record[name]["notes"] = [*record[name].get("notes", []), notes[name]]
+                tensors |= made
+                records |= record
+                self.peak.look()
+                group.stats.hessian = None
+        if goal is not None:
+            streamer.run(block, index, source, goal, tick=advance)
+        else:
+            advance(len(streamer.batches))
+        return tensors, records
+
+    def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, advance) -> None:
+        masks: list = [None]
+        with collector.collect(stage, self.setup.needs, masks):
+            for number, batch in enumerate(self.streamer.batches):
+                masks[0] = batch.mask
+                try:
+                    self.streamer.run_block(block, index, number, source.read(number, self.streamer.device))
+                except StopBlock:
+                    pass
+                advance(1)
+
+    def _groups(self, collector: Collector, linears: list[Linear], index: int, block, source: HiddenStates) -> list[InputGroup]:
+        """Input groups in calling order; found once per kind of block by running it on one micro-batch."""
+        shape = tuple((linear.module, linear.parameter, linear.expert, linear.rows) for linear in linears)
+        by_place = dict(zip(shape, linears, strict=True))
+        if shape not in self._plans:
+            found = collector.discover(lambda: self.streamer.run_block(block, index, 0, source.read(0, self.streamer.device)))
+            self._plans[shape] = [[(x.module, x.parameter, x.expert, x.rows) for x in group.linears] for group in found]
+        return [InputGroup([by_place[place] for place in group]) for group in self._plans[shape]]
+
+
+def _assemble(setup: _Setup, windows: Windows | None, job: Job, tokenizer) -> Checkpoint:
+    """The result as a lazy checkpoint: quantized matrices from the work folder, the rest from the model."""
+    quantized: dict[str, LazyQuantized] = {}
+    records: dict[str, dict] = {}
+    for index in range(len(setup.skeleton.blocks)):
+        quantized |= job.quantized(_part(index))
+        records |= job.records(_part(index))
+    outside = {name: setup.plans[name] for name in setup.outside if name in setup.plans}
+    base = with_rounded(setup.checkpoint, {name: plan.scheme for name, plan in outside.items()})
+    for name, plan in outside.items():
+        records[name] = {"scheme": plan.scheme.name, "algorithm": "rtn", "shape": list(setup.outside[name]), "bits_per_weight": round(numerics.bits_per_weight(plan.scheme, setup.outside[name]), 4)}
+    own = {name: base.quantized[name] for name in outside}
+    kept = {**setup.checkpoint.tensors, **{n: setup.checkpoint.lazy(n) for n in setup.checkpoint.quantized}} if setup.checkpoint.kind != "gguf" else setup.checkpoint.tensors
+    tensors = {name: t for name, t in kept.items() if name not in quantized and name not in own and name not in setup.skeleton.unused}
+    rest = {name: q for name, q in setup.checkpoint.quantized.items() if name not in quantized and name not in own and name not in tensors}
+    files = setup.checkpoint.files
+    if setup.checkpoint.kind == "gguf" and tokenizer is not None:
+        files = tuple(Path(tokenizer.name_or_path, f).absolute() for f in os.listdir(tokenizer.name_or_path) if f != "config.json")
+        if setup.recipe.target != "gguf":
+            tensors |= {name: setup.checkpoint.lazy(name) for name in rest}
+            rest = {}
+    provenance = _provenance(setup, windows, records)
+    return replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance)
+
+
+def with_rounded(checkpoint: Checkpoint, schemes: dict) -> Checkpoint:
+    """The checkpoint with some of its matrices (embedding, head) rounded to a scheme when they are read, a chunk of rows at a time."""
+    quantized = dict(checkpoint.quantized)
+    for name, scheme in schemes.items():
+        quantized[name] = _rounded(checkpoint.lazy(name), scheme)
+    return replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n not in schemes}, quantized=quantized)
+
+
+def _rounded(lazy, scheme) -> LazyQuantized:
+    rows, columns = lazy.shape
+    chunk = max(1, (32 << 20) // (columns * 4))
+
+    def load() -> QuantizedTensor:
+        parts: dict[str, list] = {}
+        for start in range(0, rows, chunk):
+            made = numerics.quantize(lazy.read(start, min(start + chunk, rows)), scheme)
+            for key, value in made.parts.items():
+                parts.setdefault(key, []).append(value)
+        dtype = str(lazy.dtype).removeprefix("torch.")
+        return QuantizedTensor(scheme, (rows, columns), dtype, {key: torch.cat(values) for key, values in parts.items()})
+
+    return LazyQuantized(scheme, (rows, columns), lazy.dtype, load, numerics.nbytes(scheme, (rows, columns)))
+
+
+def _provenance(setup: _Setup, windows: Windows | None, records: dict) -> dict:
+    """How the file came to be; no times and no paths, so that the same job gives the same bytes."""
+    recipe = setup.recipe.to_dict()
+    recipe["calibration"]["source"] = Path(setup.recipe.calibration.source).name
+    return {
+        "lowbit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": {"architecture": type(setup.skeleton.model).__name__, "parameters": setup.skeleton.parameter_count(), "fingerprint": fingerprint(setup.checkpoint), "format": setup.checkpoint.kind},
+        "recipe": recipe,
+        "calibration": None if windows is None else {"windows": len(windows.ids), "length": windows.ids.shape[1], "tokens": windows.tokens, "found": windows.found, "sha256": windows.digest},
+        "compute_dtype": str(setup.dtype).removeprefix("torch."),
+        "notes": setup.notes,
+        "layers": records,
+    }
+
+
+def _write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool) -> None:
+    """Write through a sibling, so that nothing has the output's name before it is whole."""
+    kind = target(target_name)
+    temporary = output.with_name(output.name + ".tmp")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    if not kind.suffix:
+        temporary.mkdir(parents=True)
+    else:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+    with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
+        try:
+            kind.write(checkpoint, temporary, progress=advance)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+            raise
+    if output.exists() and overwrite:
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+    os.replace(temporary, output)
+
+
+def convert(path: str | Path, target_name: str, output: str | Path, *, outside: str | None = None, overwrite: bool = False, progress: Progress = SILENT) -> Path:
+    """Write a checkpoint in another layout; quantized matrices keep their codes (refused where the layout cannot hold them).
+
+    outside: a scheme for embedding and head ("q8_0"), which are otherwise kept.
+    """
+    from ..scheme import Scheme
+
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise ModelError(f"{output} exists already. Choose another -o, or --overwrite.")
+    checkpoint = open_checkpoint(locate(path, progress=progress))
+    for name, entry in checkpoint.quantized.items():
+        target(target_name).check(entry.scheme, entry.shape, name)
+    if outside is not None:
+        names = outside_matrices(sk.build(checkpoint))
+        checkpoint = with_rounded(checkpoint, {name: Scheme(format=outside, bits=8) for name in names})
+    _write(checkpoint, target_name, output, progress, overwrite=overwrite)
+    return output
+
+
+@contextmanager
+def _log_file(output: Path) -> Iterator[None]:
+    """Times and paths go to OUT.log beside the output."""
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(output.with_name(output.name + ".log"), encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("lowbit")
+    previous = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(previous)
+        handler.close()
+
+

@@ -1,0 +1,244 @@
+"""From what a user writes (a preset, a TOML file, a short form like int4-asym-g128-gptq) to what is done to each weight of a model."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .. import numerics
+from ..algorithms import ALGORITHMS, check_format, make_options
+from ..checkpoints import TARGETS, target
+from ..checkpoints.gguf import fallback
+from ..errors import RecipeError, ShapeError
+from ..numerics.ggml import BLOCK_TYPES
+from ..recipe import Calibration, Recipe, Rule, from_dict
+from ..scheme import CASTS, INT, Scheme
+
+PRESETS: dict[str, tuple[str, str]] = {
+    "w4a16": ("int4-sym-g128-gptq", "4 bits in groups of 128, the usual file for vLLM"),
+    "w8a16": ("int8-sym-channel-rtn", "8 bits with a scale per output channel; nearly lossless, no data needed"),
+    "textbook-int8": ("int8-sym-tensor-rtn-textbook", "the formula of the textbooks: one scale per matrix, max|x| / 127"),
+    "gptq-int4": ("int4-sym-gptq", "GPTQ, 4 bits, symmetric"),
+    "gptq-int3": ("int3-asym-gptq", "GPTQ, 3 bits, asymmetric"),
+    "rtn-int4": ("int4-sym-rtn", "plain rounding to 4 bits; no data needed"),
+    "rtn-int8": ("int8-sym-rtn", "plain rounding to 8 bits; no data needed"),
+}
+RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
+SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
+AUTO_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is done to one weight."""
+
+    scheme: Scheme
+    algorithm: str
+    options: object
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe as written: words left out are None until the target and the model are known."""
+
+    recipe: Recipe
+    group_given: bool
+    scale_given: bool
+    target_given: bool
+
+
+def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -> Draft:
+    """Read a recipe: None (the target's default), a preset's name, a path to a TOML file, the short form, or a Recipe."""
+    if isinstance(text, Recipe):
+        return Draft(text if target_name is None else replace(text, target=target_name), True, True, True)
+    chosen = target_name or "compressed-tensors"
+    if text is None:
+        text = target(chosen).default_recipe
+    text = str(text)
+    if text in PRESETS:
+        draft = _short(PRESETS[text][0], name=text)
+    elif text.endswith(".toml"):
+        draft = _toml(Path(text))
+    else:
+        draft = _short(text, name=text)
+    if target_name is None and draft.target_given:
+        target(draft.recipe.target)
+        return draft
+    target(chosen)
+    return replace(draft, recipe=replace(draft.recipe, target=chosen), target_given=True)
+
+
+def _short(text: str, *, name: str) -> Draft:
+    """Words in any order joined by "-": a number format, sym|asym, gN|channel|tensor, an algorithm, a range convention, a range search."""
+    found: dict[str, object] = {}
+
+    def put(key: str, value: object, word: str) -> None:
+        if key in found and found[key] != value:
+            raise RecipeError(f"recipe {text!r}: the word {word!r} contradicts an earlier one (both say {key}).")
+        found[key] = value
+
+    for word in text.lower().split("-"):
+        _word(word, text, put)
+    if "format" not in found:
+        raise RecipeError(f"recipe {text!r} names no number format; expected a word like int4, q4_k, q8_0, float16.")
+    fmt, bits = found["format"]
+    if fmt != INT and {"symmetric", "group"} & set(found):
+        raise RecipeError(f"recipe {text!r}: {fmt} fixes its own groups and zero-points; leave out sym, asym and gN.")
+    algorithm = found.get("algorithm", "gptq" if fmt == INT and bits < 8 else "rtn")
+    scheme = _scheme(fmt, bits, found)
+    options = {"search": found["search"]} if "search" in found else {}
+    check_format(algorithm, scheme)
+    make_options(algorithm, options)
+    recipe = Recipe(name=name, scheme=scheme, algorithm=algorithm, options=options)
+    return Draft(recipe, group_given="group" in found or fmt != INT, scale_given=False, target_given=False)
+
+
+def _word(word: str, text: str, put) -> None:
+    if match := re.fullmatch(r"int([2-8])", word):
+        put("format", (INT, int(match[1])), word)
+    elif word in BLOCK_TYPES or word in CASTS:
+        put("format", (word, 0), word)
+    elif word in ("f16", "bf16", "f32"):
+        put("format", ({"f16": "float16", "bf16": "bfloat16", "f32": "float32"}[word], 0), word)
+    elif word in ("sym", "asym"):
+        put("symmetric", word == "sym", word)
+    elif match := re.fullmatch(r"g([1-9][0-9]*)", word):
+        put("group", (1, int(match[1])), word)
+    elif word in ("channel", "tensor"):
+        put("group", (1, -1) if word == "channel" else (-1, -1), word)
+    elif word in ALGORITHMS:
+        put("algorithm", word, word)
+    elif word in RANGE_WORDS:
+        put("range", word, word)
+    elif word in SEARCH_WORDS:
+        put("search", word, word)
+    else:
+        raise RecipeError(
+            f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
+            f"int2..int8 or {', '.join(BLOCK_TYPES)} or {', '.join(CASTS)}; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
+            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}."
+        )
+
+
+def _scheme(fmt: str, bits: int, found: dict) -> Scheme:
+    if fmt != INT:
+        return Scheme(format=fmt, bits=BLOCK_TYPES[fmt].block_bytes * 8 // BLOCK_TYPES[fmt].block_size if fmt in BLOCK_TYPES else 16)
+    symmetric = found.get("symmetric", True)
+    return Scheme(INT, bits, found.get("group", (1, AUTO_GROUPS[0])), symmetric, found.get("range", "half"))
+
+
+def _toml(path: Path) -> Draft:
+    """A recipe file: see docs/recipes.md. Unknown keys are errors."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
+    where = str(path)
+    base = _short(_text(data.pop("scheme", None), f"{where}: scheme"), name=path.stem)
+    recipe, given = base.recipe, base.group_given
+    algorithm = data.pop("algorithm", recipe.algorithm)
+    check_format(algorithm, recipe.scheme)
+    options = {**recipe.options, **data.pop("options", {})}
+    make_options(algorithm, options)
+    scale_given = "scale_dtype" in data
+    if scale_given:
+        recipe = replace(recipe, scheme=replace(recipe.scheme, scale_dtype=data.pop("scale_dtype")))
+    rules = tuple(_rule(entry, f"{where}: rule {i}") for i, entry in enumerate(data.pop("rules", []), 1))
+    calibration = from_dict(Calibration, data.pop("calibration", {}), where=f"{where}: calibration")
+    target_given = "target" in data
+    fixed = {"name": path.stem, "scheme": recipe.scheme, "algorithm": algorithm, "options": options, "rules": rules, "calibration": calibration}
+    for key in ("transforms", "kv_cache"):
+        if key in data:
+            raise RecipeError(f"{where}: {key} is reserved for a later version; leave it out.")
+    return Draft(from_dict(Recipe, {**data, **fixed}, where=where), given, scale_given, target_given)
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise RecipeError(f'{where}: expected a short form such as "int4-sym-g64", got {value!r}.')
+    return value
+
+
+def _rule(entry: dict, where: str) -> Rule:
+    entry = dict(entry)
+    match, words = _text(entry.pop("match", None), f"{where}: match"), _text(entry.pop("scheme", None), f"{where}: scheme")
+    options = entry.pop("options", {})
+    if entry:
+        raise RecipeError(f"{where}: unknown key {sorted(entry)[0]!r}; expected match, scheme and options.")
+    if words == "keep":
+        return Rule(match, None)
+    recipe = _short(words, name=words).recipe
+    make_options(recipe.algorithm, {**recipe.options, **options})
+    return Rule(match, recipe.scheme, recipe.algorithm, {**recipe.options, **options})
+
+
+def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) -> tuple[Recipe, list[str]]:
+    """Fill in what was left out, from the target and the model's shapes: group size and dtype of scales. Returns what to tell the user."""
+    recipe, notes = draft.recipe, []
+    scheme = recipe.scheme
+    if scheme.format == INT and not draft.group_given:
+        widths = sorted({shape[1] for shape in linears.values()})
+        fitting = [32] if recipe.target == "gguf" else [g for g in AUTO_GROUPS if all(w % g == 0 for w in widths)]
+        block = (1, fitting[0]) if fitting else (1, -1)
+        scheme = replace(scheme, block=block)
+        notes.append(f"Group size not given: {scheme.name} (the largest of {', '.join(map(str, AUTO_GROUPS))} that divides every layer)." if fitting else f"No group size divides every layer: {scheme.name}.")
+    if scheme.format == INT and not draft.scale_given:
+        scheme = replace(scheme, scale_dtype="float16" if recipe.target == "gguf" else model_dtype)
+    rules = tuple(
+        replace(rule, scheme=replace(rule.scheme, scale_dtype=scheme.scale_dtype)) if rule.scheme is not None and rule.scheme.format == INT else rule
+        for rule in recipe.rules
+    )
+    return replace(recipe, scheme=scheme, rules=rules), notes
+
+
+def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[str, tuple[int, int]]) -> dict[str, LayerPlan]:
+    """What is done to every weight that is quantized; raises now on a rule or shape that cannot be.
+
+    linears: matrices of the blocks. outside: embedding and head, kept unless a rule names them (gguf: q8_0, as its users expect).
+    """
+    plans: dict[str, LayerPlan] = {}
+    used: set[str] = set()
+    for name, shape in {**linears, **outside}.items():
+        rule = next((rule for rule in recipe.rules if fnmatchcase(name.removesuffix(".weight"), rule.match)), None)
+        if rule is not None:
+            used.add(rule.match)
+            if rule.scheme is None:
+                continue
+            algorithm = "rtn" if name in outside else rule.algorithm or recipe.algorithm
+            plans[name] = _plan(rule.scheme, algorithm, rule.options if algorithm == rule.algorithm else {}, name, shape, recipe.target)
+        elif name in linears and not _stays_dense(name):
+            plans[name] = _plan(recipe.scheme, recipe.algorithm, recipe.options, name, shape, recipe.target)
+        elif name in outside and recipe.target == "gguf":
+            plans[name] = _plan(Scheme(format="q8_0", bits=8), "rtn", {}, name, shape, recipe.target)
+    idle = [rule.match for rule in recipe.rules if rule.match not in used]
+    if idle:
+        some = ", ".join(sorted(name.removesuffix(".weight") for name in list(linears)[:3]))
+        raise RecipeError(f"no weight matches the rule {idle[0]!r}; weights are called like {some}.")
+    return plans
+
+
+def _stays_dense(name: str) -> bool:
+    """Routers and gates of a few outputs are kept: they cost nothing and decide everything."""
+    return name.removesuffix(".weight").rpartition(".")[2] in ("gate", "router", "shared_expert_gate")
+
+
+def _plan(scheme: Scheme, algorithm: str, options: dict, name: str, shape: tuple[int, int], target_name: str) -> LayerPlan:
+    notes: tuple[str, ...] = ()
+    if scheme.format in BLOCK_TYPES and target_name == "gguf":
+        other = fallback(scheme.format, shape[1])
+        if other != scheme.format:
+            notes = (f"{scheme.format} cannot hold rows of {shape[1]}: {other} was used, as llama-quantize does",)
+            scheme = Scheme(format=other, bits=scheme.bits)
+    check_format(algorithm, scheme)
+    try:
+        numerics.check_shape(scheme, shape, name=name.removesuffix(".weight"))
+        TARGETS[target_name].check(scheme, shape, name.removesuffix(".weight"))
+    except ShapeError as error:
+        raise ShapeError(f"{error} For one layer, a rule in a recipe file can do it.") from error
+    return LayerPlan(scheme, algorithm, make_options(algorithm, options), notes)

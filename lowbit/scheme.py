@@ -1,0 +1,106 @@
+"""What a stored number means: the format, its bits, and which weights share a scale."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from .errors import RecipeError
+
+RANGES = ("textbook", "half", "full")
+SCALE_DTYPES = ("float32", "float16", "bfloat16")
+INT = "int"
+CASTS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight matrix is stored.
+
+    format: "int" (uniform integers), a cast ("float16", "bfloat16", "float32") or a ggml block type ("q4_0", "q4_k", ...).
+    block: (rows, columns) that share a scale; -1 is the whole axis. (1, 64) is a group of 64 columns of one row,
+        (1, -1) one scale per output channel, (-1, -1) one per tensor.
+    range: of symmetric integers, scale = max|x| / (2^(b-1) - 1) ("textbook"), / (2^(b-1) - 0.5) ("half", the convention of
+        compressed-tensors and AutoGPTQ) or / 2^(b-1) ("full", the sign of the largest value kept, as ggml's Q4_0 does).
+    """
+
+    format: str = INT
+    bits: int = 4
+    block: tuple[int, int] = (1, 64)
+    symmetric: bool = True
+    range: str = "half"
+    scale_dtype: str = "float32"
+    nested: None = None
+    outliers: None = None
+    act: None = None
+
+    def __post_init__(self) -> None:
+        if self.format != INT:
+            return
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"bits is {self.bits}; integers of 2 to 8 bits are supported.")
+        if self.range not in RANGES:
+            raise RecipeError(f"range is {self.range!r}; expected one of {', '.join(RANGES)}.")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise RecipeError(f"scale_dtype is {self.scale_dtype!r}; expected one of {', '.join(SCALE_DTYPES)}.")
+        if self.block not in ((1, self.block[1]), (-1, -1)) or (self.block[1] < 1 and self.block[1] != -1):
+            raise RecipeError(f"block is {self.block}; expected (1, group_size), (1, -1) for a scale per channel or (-1, -1) for one per tensor.")
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale; -1 for the whole row."""
+        return self.block[1]
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def zero_code(self) -> int:
+        """The code of zero in a symmetric scheme, 2^(b-1)."""
+        return 2 ** (self.bits - 1)
+
+    def groups(self, in_features: int) -> int:
+        """Scales per row of in_features columns; a short last group counts."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    @property
+    def name(self) -> str:
+        """The short form, e.g. int4-sym-g64; what a recipe accepts."""
+        if self.format != INT:
+            return self.format
+        share = {(1, -1): "channel", (-1, -1): "tensor"}.get(self.block, f"g{self.block[1]}")
+        return f"int{self.bits}-{'sym' if self.symmetric else 'asym'}-{share}"
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON; from_dict is the inverse."""
+        return {**asdict(self), "block": list(self.block)}
+
+    @staticmethod
+    def from_dict(data: dict) -> Scheme:
+        return Scheme(**{**data, "block": tuple(data["block"])})
+
+
+@dataclass(frozen=True)
+class RangeSearch:
+    """How the range of a group is chosen from its values (numerics/ranges.py).
+
+    method: "minmax", "percentile" (keep this percentage of the values, per group), "clamp" (a fixed |x| <= value),
+        "mse" (grid) or "golden" (golden-section): the range with the least squared error, weighted where importance is known.
+    """
+
+    method: str = "minmax"
+    percentile: float = 99.9
+    clamp: float = field(default=float("inf"))
+    grid: int = 24
+    max_shrink: float = 0.6
+
+    def __post_init__(self) -> None:
+        known = ("minmax", "percentile", "clamp", "mse", "golden")
+        if self.method not in known:
+            raise RecipeError(f"range search {self.method!r} is not known; expected one of {', '.join(known)}.")
+        if not 0 < self.percentile <= 100:
+            raise RecipeError(f"percentile is {self.percentile}; expected more than 0 and at most 100.")
+        if not self.clamp > 0:
+            raise RecipeError(f"clamp is {self.clamp}; expected a positive number.")
+        if not 0 < self.max_shrink < 1 or self.grid < 2:
+            raise RecipeError(f"max_shrink is {self.max_shrink} and grid {self.grid}; expected 0 < max_shrink < 1 and grid >= 2.")
