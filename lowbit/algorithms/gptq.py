@@ -23,6 +23,7 @@ from ..numerics import integer, ranges
 from ..scheme import RangeSearch, Scheme
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from .parallel import over_rows
 
 ORDERS = ("natural", "activation", "groups")
 MAX_DAMP = 1.0
@@ -83,7 +84,10 @@ def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, not
         notes.append("the Hessian could not be factorized even with damping 1.0: plain rounding was used")
         return integer.quantize(W, scheme, options.range_search, stats.importance())
     notes += factor.notes
-    return _Solver(W, scheme, factor, options).solve()
+    if scheme.block == (-1, -1):  # one scale for all rows
+        return _Solver(W, scheme, factor, options).solve()
+    parts = over_rows(lambda rows: _Solver(W[rows], scheme, factor, options).solve(), W.shape[0])
+    return QuantizedTensor(scheme, tuple(W.shape), parts[0].dtype, {key: torch.cat([part.parts[key] for part in parts]) for key in parts[0].parts})
 
 
 def factorize(H: Tensor, scheme: Scheme, options: GptqOptions) -> Factor | None:

@@ -200,14 +200,14 @@ def _entry(info: TensorInfo, arch: Arch, config: Mapping) -> LazyTensor | LazyQu
 def _unpermute(info: TensorInfo, n_heads: int) -> Tensor:
     """For each row of Hugging Face's matrix its row in the file: per head [d / 2, 2] -> [2, d / 2]."""
     rows = info.shape[0]
-    if rows % (2 * n_heads):
+    if n_heads < 1 or rows % (2 * n_heads):
         raise CheckpointError(f"tensor {info.name!r} has {rows} rows, which {n_heads} heads do not divide evenly.")
     return torch.arange(rows).view(n_heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
 def _permute(rows: int, n_heads: int, name: str) -> Tensor:
     """The inverse of _unpermute: for each row of the file its row in Hugging Face's matrix."""
-    if rows % (2 * n_heads):
+    if n_heads < 1 or rows % (2 * n_heads):
         raise CheckpointError(f"{name} has {rows} rows, which {n_heads} heads do not divide evenly; config and weights do not belong together.")
     return torch.arange(rows).view(n_heads, 2, -1).transpose(1, 2).reshape(-1)
 
@@ -270,7 +270,7 @@ def _transposed(lazy: LazyTensor) -> LazyTensor:
 def write_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
     """Write the tokenizer inside a GGUF file, chat template included, as Hugging Face tokenizer files into folder; returns them."""
     header = read_header(path)
-    tokenizer = gguf_tokenizer.rebuild(header.path, header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre"))
+    tokenizer = gguf_tokenizer.rebuild(header.path, _Metadata(header))
     folder.mkdir(parents=True, exist_ok=True)
     return tuple(sorted(Path(file) for file in tokenizer.save_pretrained(folder) if Path(file).is_file()))
 
@@ -554,8 +554,9 @@ def _plan(checkpoint: Checkpoint, arch: Arch, config: Mapping, source: Header | 
     _check_complete(groups, arch, config)
     order = {leaf: i for i, leaf in enumerate((*arch.outer.values(), *arch.layer.values()))}
     ranked = sorted(groups.items(), key=lambda item: (_rank(item[1][0][0], order), item[0]))
-    planned = [_planned(checkpoint, arch, config, members) for _, members in ranked]
-    return _rope_plan(arch, config, source) + planned
+    planned = _rope_plan(arch, config, source) + [_planned(checkpoint, arch, config, members) for _, members in ranked]
+    places = {name: i for i, name in enumerate(source.tensors)} if source else {}
+    return sorted(planned, key=lambda tensor: places.get(tensor.name, len(places)))
 
 
 def _rank(place: Place, order: Mapping[str, int]) -> tuple:

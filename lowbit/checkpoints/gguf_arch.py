@@ -280,10 +280,14 @@ def hugging_face_name(arch: Arch, name: str) -> str:
 
 def full_config(config: dict) -> dict:
     """The text model's config with every default filled in by transformers (a config.json may leave them out)."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     given = {key: value for key, value in config.items() if key != "quantization_config"}
-    return AutoConfig.for_model(**given).get_text_config().to_dict()
+    try:
+        return AutoConfig.for_model(**given).get_text_config().to_dict()
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"transformers does not accept this config of a {config['model_type']} model: {' '.join(str(error).split())}") from error
 
 
 def heads(arch: Arch, leaf: str, config: Mapping) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -192,8 +192,10 @@ def _chat_template(files: dict[str, Path], settings: dict) -> str | None:
     return template
 
 
-def rebuild(path: Path, kind: str | None, pre: str | None):
-    """The Hugging Face tokenizer of a GGUF file. kind, pre: its tokenizer.ggml.model and tokenizer.ggml.pre."""
+def rebuild(path: Path, values: Mapping):
+    """The Hugging Face tokenizer of a GGUF file, cutting text as llama.cpp does. values: its metadata."""
+    kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
+    from tokenizers import normalizers
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -208,7 +210,32 @@ def rebuild(path: Path, kind: str | None, pre: str | None):
         # transformers leaves rules it does not know at GPT-2's and never sets ignore_merges.
         tokenizer.backend_tokenizer.pre_tokenizer = _build(split["steps"])
         tokenizer.backend_tokenizer.model.ignore_merges = split.get("ignore_merges", False)
+    if kind == "gpt2":
+        _restore_added(tokenizer, values)
+    if kind == "llama":
+        # llama.cpp puts a space before every text that wants one; transformers' Metaspace leaves out those that begin with a space.
+        prepend = [normalizers.Prepend(_SPACE)] if values.get("tokenizer.ggml.add_space_prefix", True) else []
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+        tokenizer.backend_tokenizer.pre_tokenizer = None
     return tokenizer
+
+
+def _restore_added(tokenizer, values: Mapping) -> None:
+    """Undo what transformers does to a special token outside of the byte alphabet (DeepSeek's): it spells it as bytes and drops its mark."""
+    from tokenizers import Tokenizer
+
+    kinds = {CONTROL: True, USER_DEFINED: False}
+    tokens, types = values["tokenizer.ggml.tokens"], values.get("tokenizer.ggml.token_type") or ()
+    lost = {i: token for i, (token, kind) in enumerate(zip(tokens, types)) if kind in kinds and tokenizer.backend_tokenizer.token_to_id(token) != i}
+    if not lost:
+        return
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {token: i for token, i in data["model"]["vocab"].items() if i not in lost}
+    data["model"]["vocab"] = kept | {token: i for i, token in lost.items()}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = data["added_tokens"] + [{"id": i, "content": token, **plain, "special": kinds[types[i]]} for i, token in lost.items()]
+    data["added_tokens"] = sorted(added, key=lambda entry: entry["id"])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
 
 
 def _build(steps: list[str]):

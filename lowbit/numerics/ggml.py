@@ -109,7 +109,9 @@ def encode(W: Tensor, type_name: str, *, importance: Tensor | None = None) -> Te
         X = W[part].detach().float().contiguous()
         # A finite sum proves all values finite in one pass; an infinite one can also be an overflow.
         if not torch.isfinite(X.sum()) and not torch.isfinite(X).all():
-            raise FormatError(f"{kind.name}: NaN or infinity among rows {part.start} to {part.stop - 1}; ggml blocks hold finite weights only.")
+            raise FormatError(
+                f"{kind.name}: NaN or infinity among rows {part.start} to {part.stop - 1}; a block holds finite weights only."
+            )
         blocks[part] = _encode_rows(X, kind, importance).view(X.shape[0], -1)
     return blocks
 
@@ -194,6 +196,7 @@ def _encode_rows(X: Tensor, kind: BlockType, importance: Tensor | None) -> Tenso
     if kind.name in KQUANTS:
         return encode_super_blocks(groups, kind.name, None if importance is None else importance.expand_as(X).reshape(groups.shape))
     legacy = _LEGACY[kind.name]
+    fitted: tuple[Tensor, ...]
     if kind.name == "q8_0":
         fitted = _round_to_absmax(groups)
     elif importance is not None:
@@ -285,8 +288,9 @@ def _decode_blocks(blocks: Tensor, kind: BlockType) -> Tensor:
         return _decode_super_blocks(blocks, kind.name)
     legacy = _LEGACY[kind.name]
     codes, scale, minimum = _unpack_legacy(blocks, legacy)
-    if minimum is None:
+    if legacy.zero_point is not None:
         return (codes.float() - legacy.zero_point).mul_(scale.float())
+    assert minimum is not None
     return codes.float().mul_(scale.float()).add_(minimum.float())
 
 

@@ -15,6 +15,7 @@ Blocks are the last dimension here ([elements of a group, groups]), so that ever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,8 +73,9 @@ def encode_super_blocks(X: Tensor, type_name: str, importance: Tensor | None) ->
     groups = (X.numel() // kind.group, kind.group)
     W = error_weights(X, type_name, importance).view(groups).t().contiguous()
     X = X.reshape(groups).t().contiguous()
-    fit = _fit_affine if kind.low == 0 else _fit_symmetric
-    return _PACK[type_name](*fit(X, W, kind, NEAR_TRIALS if importance is None else WIDE_TRIALS))
+    trials = NEAR_TRIALS if importance is None else WIDE_TRIALS
+    fitted = _fit_affine(X, W, kind, trials) if kind.low == 0 else _fit_symmetric(X, W, kind, trials)
+    return _PACK[type_name](*fitted)
 
 
 def error_weights(X: Tensor, type_name: str, importance: Tensor | None) -> Tensor:
@@ -218,9 +220,7 @@ def search_affine(
     return best_scale, best_shift + low
 
 
-def search_scale(
-    X: Tensor, W: Tensor, *, low: int, high: int, trials: tuple[float, ...], scratch: Tensor | None = None
-) -> Tensor:
+def search_scale(X: Tensor, W: Tensor, *, low: int, high: int, trials: tuple[float, ...], scratch: Tensor | None = None) -> Tensor:
     """The scale of each group with the least weighted squared error among trial ranges, each fitted by least squares.
 
     X, W: float32 [group, groups]. Codes low .. high; the value of largest magnitude goes to low, or to high when low is 0.
@@ -351,4 +351,10 @@ def _six_bit_pairs(ls: Tensor, lm: Tensor) -> Tensor:
     return torch.cat([ls[:, :4] | ls[:, 4:] >> 4 << 6, lm[:, :4] | lm[:, 4:] >> 4 << 6, last], dim=1)
 
 
-_PACK = {"q2_k": _pack_q2_k, "q3_k": _pack_q3_k, "q4_k": _pack_q4_k, "q5_k": _pack_q5_k, "q6_k": _pack_q6_k}
+_PACK: dict[str, Callable[..., Tensor]] = {
+    "q2_k": _pack_q2_k,
+    "q3_k": _pack_q3_k,
+    "q4_k": _pack_q4_k,
+    "q5_k": _pack_q5_k,
+    "q6_k": _pack_q6_k,
+}

@@ -123,7 +123,11 @@ def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
 
 def signed_codes(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """code - zero_point of groups [..., group] on the grid scale, zero_point [...], as float32: decoded values are scale times these."""
-    codes = torch.round(groups / scale.unsqueeze(-1))
+    return clamp_signed_(torch.round(groups / scale.unsqueeze(-1)), zero, scheme)
+
+
+def clamp_signed_(codes: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """Bring code - zero_point [..., group] into the range of the scheme, in place; zero [...] (None when symmetric)."""
     if zero is None:
         return codes.clamp_(-scheme.zero_code, scheme.max_code - scheme.zero_code)
     low = -zero.float().unsqueeze(-1)

@@ -62,28 +62,33 @@ def _error(groups: Tensor, codes: Tensor, scale: Tensor, weights: Tensor | None)
     return error.sum(-1) if weights is None else error.mul_(weights).sum(-1)
 
 
-def _grid(groups, low, high, scheme, search, weights):
-    best_scale, best_zero = integer.parameters(low, high, scheme)
-    best = squared_error(groups, best_scale, best_zero, scheme, weights)
+def _grid(groups: Tensor, low: Tensor, high: Tensor, scheme: Scheme, search: RangeSearch, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Shrunk ranges, each with the scale that fits its codes best by least squares; min-max where nothing is better.
+
+    With codes q (zero_point taken off) the best scale is S = sum(w x q) / sum(w q^2) and leaves the error sum(w x^2) - S sum(w x q), so
+    candidates are compared by S sum(w x q) without decoding.
+    """
+    start_scale, start_zero = integer.parameters(low, high, scheme)
+    weighted = groups if weights is None else groups * weights
+    best = torch.full_like(low, -torch.inf)
+    best_scale, best_zero = start_scale.clone(), None if start_zero is None else start_zero.clone()
+    codes, product = torch.empty_like(groups), torch.empty_like(groups)
     for step in range(search.grid):
-        shrink = 1 - search.max_shrink * step / search.grid
-        scale, zero = integer.parameters(low * shrink, high * shrink, scheme)
-        codes = integer.signed_codes(groups, scale, zero, scheme)
-        scale = _least_squares(groups, codes, scale, scheme, weights)
-        error = squared_error(groups, scale, zero, scheme, weights)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale = torch.where(better, scale, best_scale)
+        scale, zero = integer.parameters(low * (shrink := 1 - search.max_shrink * step / search.grid), high * shrink, scheme)
+        torch.mul(groups, scale.reciprocal().unsqueeze(-1), out=codes).round_()
+        integer.clamp_signed_(codes, zero, scheme)
+        with_x = torch.mul(codes, weighted, out=product).sum(-1)
+        torch.mul(codes, codes, out=product)
+        with_q = (product if weights is None else product.mul_(weights)).sum(-1)
+        fitted = with_x / with_q
+        gain = fitted * with_x
+        better = (gain > best) & (fitted.sign() == scale.sign())  # false for 0 / 0
+        best = torch.where(better, gain, best)
+        best_scale = torch.where(better, fitted, best_scale)
         best_zero = None if zero is None else torch.where(better, zero, best_zero)
-    return best_scale, best_zero
-
-
-def _least_squares(groups, codes, scale, scheme, weights):
-    """The scale that fits the codes best, sum(w x q) / sum(w q^2); the codes are then rounded anew to it."""
-    weighted = codes if weights is None else codes * weights
-    fitted = (weighted * groups).sum(-1) / (weighted * codes).sum(-1)
-    usable = torch.isfinite(fitted) & (fitted.sign() == scale.sign())
-    return integer.round_scale(torch.where(usable, fitted, scale), scheme)
+    best_scale = integer.round_scale(best_scale, scheme)
+    worse = squared_error(groups, best_scale, best_zero, scheme, weights) > squared_error(groups, start_scale, start_zero, scheme, weights)
+    return torch.where(worse, start_scale, best_scale), None if best_zero is None else torch.where(worse, start_zero, best_zero)
 
 
 def _golden(groups, low, high, scheme, search, weights):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..models.linears import Linear
 from ..stats import LayerStats
 
-PANEL = 512
-TOKENS = 512
+PANEL = 2048
+TOKENS = 2048
 
 
 @dataclass
@@ -151,15 +151,14 @@ def accumulate(stats: LayerStats, x: Tensor, needs: tuple[str, ...]) -> None:
 def add_outer_products(H: Tensor, x: Tensor) -> None:
     """H += x^T x, in the lower panels only (see symmetrize); x [tokens, in_features] in any dtype, H float32.
 
-    A bfloat16 product rounds its result, so it is taken over few tokens at a time and summed in float32: relative error 3e-4 at 32,768 tokens.
+    A bfloat16 product sums in float32 but rounds its result, so it is taken over TOKENS at a time and added up in float32: relative
+    error about 1e-3 at 32,768 tokens, less than the 1% damping by far.
     """
-    columns = x.shape[1]
-    step = TOKENS if x.dtype != torch.float32 else 8 * TOKENS
-    for start in range(0, len(x), step):
-        part = x[start : start + step]
-        for i in range(0, columns, PANEL):
-            left = part[:, i : i + PANEL].T
-            H[i : i + PANEL, : i + PANEL] += left @ part[:, : i + PANEL]
+    for start in range(0, len(x), TOKENS):
+        transposed = x[start : start + TOKENS].T.contiguous()
+        for i in range(0, len(transposed), PANEL):
+            rows = slice(i, i + PANEL)
+            H[rows, : i + PANEL] += torch.nn.functional.linear(transposed[rows], transposed[: i + PANEL])
 
 
 def symmetrize(H: Tensor) -> Tensor:

@@ -53,6 +53,15 @@ def find_libggml() -> ctypes.CDLL | None:
     return None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine, threads that wait for each other after every small operation take minutes for these tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def quantize_chunk():
     """ggml_quantize_chunk as a function (W, type_name, importance) -> blocks."""
@@ -108,7 +117,7 @@ def gguf_type(name: str):
 
 def assert_same_bits(mine: np.ndarray, theirs: np.ndarray) -> None:
     different = mine.view(np.uint8) != theirs.view(np.uint8)
-    assert not different.any(), f"{int(different.sum())} of {different.size} bytes differ, the first at {np.argwhere(different)[0].tolist()}"
+    assert not different.any(), f"{int(different.sum())} of {different.size} bytes differ, first at {np.argwhere(different)[0].tolist()}"
 
 
 def ggml_weights(W: Tensor, name: str, importance: Tensor | None) -> Tensor:
