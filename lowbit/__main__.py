@@ -1,0 +1,5 @@
+"""python -m lowbit"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""What the terminal shows: progress bars, notes, tables, errors. Everything but results goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from ..progress import Progress
+
+out = Console()
+err = Console(stderr=True)
+
+
+class BarProgress(Progress):
+    """Progress bars with an estimate of the time left, on stderr."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    @contextmanager
+    def step(self, title: str, total: int) -> Iterator:
+        if self.quiet:
+            yield lambda n=1: None
+            return
+        columns = (TextColumn("{task.description:<24}"), BarColumn(30), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Bars(*columns, console=err) as bars:
+            task = bars.add_task(title, total=total)
+            yield lambda n=1: bars.advance(task, n)
+            bars.update(task, completed=total)
+
+    def note(self, message: str) -> None:
+        if not self.quiet:
+            err.print(f"[dim]note[/] {message}", highlight=False, soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout; NaN (an interval of a single window) becomes null."""
+    sys.stdout.write(json.dumps(_clean(data), indent=2, default=str) + "\n")
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return value
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A plain table: the first column to the left, numbers to the right."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    return made
+
+
+def comparison_table(comparison) -> Table:
+    """The table of DESIGN section 5: one row per model."""
+    made = table("model", "file MB", "bits/w", "linear", "ppl full", "ppl 2nd half", "KL full", "95%", "KL 2nd half", "median", "p99", "top-1 %")
+    for row in comparison.rows:
+        made.add_row(row.name, f"{row.size.file_bytes / 1e6:.1f}", f"{row.size.bits_per_weight:.2f}", f"{row.size.linear_bits:.2f}", *_numbers(row.summaries))
+    if comparison.noise_floor:
+        made.add_row("[dim]noise floor[/]", "", "", "", *_numbers(comparison.noise_floor), style="dim")
+    return made
+
+
+def _numbers(summaries: dict) -> list[str]:
+    full, half = summaries["full"], summaries["llama.cpp"]
+    cells = [f"{full.perplexity.value:.2f}", f"{half.perplexity.value:.2f}"]
+    if full.kl_mean is None:
+        return [*cells, *["-"] * 6]
+    interval = "-" if math.isnan(full.kl_mean.low) else f"{full.kl_mean.low:.4f}-{full.kl_mean.high:.4f}"
+    return [*cells, f"{full.kl_mean.value:.4f}", interval, f"{half.kl_mean.value:.4f}", f"{full.kl_median.value:.4f}", f"{full.kl_p99.value:.3f}", f"{100 * full.agreement.value:.1f}"]

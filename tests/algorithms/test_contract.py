@@ -1,0 +1,78 @@
+"""What every algorithm of the table promises, on hard inputs."""
+
+import pytest
+import torch
+
+from lowbit import numerics
+from lowbit.algorithms import ALGORITHMS, algorithm, make_options
+from lowbit.errors import LowbitError
+from lowbit.scheme import Scheme
+from lowbit.stats import LayerStats
+
+SCHEMES = [Scheme(bits=4, block=(1, 32)), Scheme(bits=2, block=(1, -1), symmetric=False), Scheme(bits=8, block=(1, 128))]
+COLUMNS = 64
+
+
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(16, COLUMNS, generator=g)
+    hot = torch.zeros(16, COLUMNS)
+    hot[3, 5] = 7.0
+    outlier = normal.clone()
+    outlier[2] *= 1000
+    return {
+        "normal": normal, "zeros": torch.zeros(16, COLUMNS), "one hot value": hot, "constant": torch.full((16, COLUMNS), 0.3), "row of outliers": outlier,
+        "one row": normal[:1], "float16": normal.half(), "bfloat16": normal.bfloat16(), "tiny": normal * 1e-12, "830x545": torch.randn(830, 545, generator=g),
+    }  # fmt: skip
+
+
+def hessian(columns, kind):
+    X = torch.randn(200 if kind != "fewer samples than dimensions" else 5, columns, generator=torch.Generator().manual_seed(1))
+    if kind == "badly scaled":
+        X = X * torch.logspace(-6, 6, columns)
+    if kind == "dead channel":
+        X[:, 3] = 0
+    return LayerStats(n_tokens=len(X), sum_sq=X.square().sum(0), absmax=X.abs().amax(0), hessian=X.T @ X)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize("label", inputs())
+def test_hard_weights(name, scheme, label):
+    W = inputs()[label]
+    before = W.clone()
+    stats = hessian(W.shape[1], "plain")
+    options = make_options(name, {})
+    made = algorithm(name).run(W, scheme, stats, options, [])
+    again = algorithm(name).run(W, scheme, stats, options, [])
+    decoded = numerics.dequantize(made)
+    assert made.shape == tuple(W.shape) and made.dtype == str(W.dtype).removeprefix("torch.")
+    assert torch.isfinite(decoded).all()
+    assert torch.equal(W, before)
+    assert all(torch.equal(made.parts[key], again.parts[key]) for key in made.parts)
+    if scheme.bits == 8 and label != "tiny":
+        assert float((decoded - W.float()).square().sum()) <= 1e-3 * float(W.float().square().sum())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("kind", ["badly scaled", "dead channel", "fewer samples than dimensions"])
+def test_hard_statistics(name, kind):
+    W, notes = inputs()["normal"], []
+    made = algorithm(name).run(W, SCHEMES[0], hessian(COLUMNS, kind), make_options(name, {}), notes)
+    assert torch.isfinite(numerics.dequantize(made)).all()
+    assert float((numerics.dequantize(made) - W).square().mean()) < 0.5
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_are_refused(name, bad):
+    W = inputs()["normal"]
+    W[1, 1] = bad
+    with pytest.raises(LowbitError):
+        algorithm(name).run(W, SCHEMES[0], hessian(COLUMNS, "plain"), make_options(name, {}), [])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_unknown_option_is_refused(name):
+    with pytest.raises(LowbitError, match="unknown key 'dampening'; expected one of"):
+        make_options(name, {"dampening": 1})

@@ -1,0 +1,182 @@
+"""Shared fixtures: tiny random models of every architecture with a tiny tokenizer, some text, and a process to run things in that get killed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+VOCABULARY = 320
+COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.1,
+}  # fmt: skip
+GEMMA = {**COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.1}
+OPT = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128,
+    "pad_token_id": 1, "bos_token_id": None, "eos_token_id": None, "init_std": 0.1,
+}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+MODELS = {
+    "llama": ("LlamaConfig", COMMON),
+    "llama-tied": ("LlamaConfig", {**COMMON, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", COMMON),
+    "qwen3": ("Qwen3Config", {**COMMON, "head_dim": 32}),
+    "mistral": ("MistralConfig", {**COMMON, "sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", GEMMA),
+    "phi3": ("Phi3Config", {**COMMON, "pad_token_id": 0, "original_max_position_embeddings": 128}),
+    "gpt2": ("GPT2Config", GPT2),
+    "opt": ("OPTConfig", {**OPT, "word_embed_proj_dim": 64}),
+    "opt-projected": ("OPTConfig", {**OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "mixtral": ("MixtralConfig", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**COMMON, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [1]}),
+    "gemma3-vision": ("Gemma3Config", {"text_config": GEMMA, "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}),
+}  # fmt: skip
+EXPERTS = ("mixtral", "qwen3-moe")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a minute; run with -m slow")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A text file of about 20,000 tokens of the tiny tokenizer."""
+    from lowbit.pipeline.calibration import default_text
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(default_text("calibration")[:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A byte-level BPE of 300 tokens with an end token and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and then the other one"] * 3, trainer)
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
+    folder = tmp_path_factory.mktemp("tokenizer")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_model(tokenizer_folder):
+    """save(name, folder, dtype=..., shard_size=..., seed=..., **changes): a tiny random model of MODELS with the tokenizer, on disk."""
+
+    def save(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", seed: int = 0, **changes) -> Path:
+        kind, values = MODELS[name]
+        config = getattr(transformers, kind)(**{**values, **changes})
+        torch.manual_seed(seed)
+        auto = transformers.AutoModelForImageTextToText if kind == "Gemma3Config" else transformers.AutoModelForCausalLM
+        model = auto.from_config(config)
+        for parameter in model.parameters():  # biases and norms that are not all zeros and ones
+            if parameter.ndim == 1:
+                parameter.data += torch.randn_like(parameter) * 0.1
+        model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+        for file in tokenizer_folder.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def model_folder(save_model, tmp_path_factory):
+    """folder(name): the tiny float32 model of that name, made once. Not to be changed."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = save_model(name, tmp_path_factory.mktemp("model") / name)
+        return made[name]
+
+    return folder
+
+
+def plain_model(folder: Path):
+    """The model as transformers loads it, in float32 with the attention that lowbit uses."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="session")
+def load_plain():
+    """load(folder): the model as transformers loads it."""
+    return plain_model
+
+
+FORK_SERVER = r"""
+import json, os, sys, time, traceback
+import torch, transformers
+import lowbit.pipeline.evaluate, lowbit.pipeline.quantize
+
+def rss_anon(pid):
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon")), 0)
+    except OSError:
+        return 0
+
+for line in sys.stdin:
+    request = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        code = 0
+        try:
+            exec(compile(request["code"], "child", "exec"), {"__name__": "child", **request["values"]})
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    peak, base = 0, rss_anon(pid)
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        peak = max(peak, rss_anon(pid))
+        time.sleep(0.02)
+    print(json.dumps({"status": os.waitstatus_to_exitcode(status), "peak": peak, "base": base}), flush=True)
+"""
+
+
+class ForkServer:
+    """Runs code in fresh children of a process that has imported lowbit and done nothing else; a child may be killed or run out of disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "child.log"
+        root = str(Path(__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        self._process = subprocess.Popen([sys.executable, "-c", FORK_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def run(self, code: str, **values) -> dict:
+        """Run code with values as its globals: status (negative: the signal that killed it), output, peak and base (RssAnon in bytes)."""
+        request = {"code": code, "values": {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}, "log": str(self._log)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return {**answer, "output": self._log.read_text()}
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    server = ForkServer(tmp_path_factory.mktemp("fork"))
+    yield server
+    server.close()
