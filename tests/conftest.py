@@ -40,8 +40,15 @@ MODELS = {
 EXPERTS = ("mixtral", "qwen3-moe")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a minute; run with -m slow")
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
 
 
 @pytest.fixture(scope="session")
@@ -104,15 +111,15 @@ def model_folder(save_model, tmp_path_factory):
     return folder
 
 
-def plain_model(folder: Path):
-    """The model as transformers loads it, in float32 with the attention that lowbit uses."""
+def plain_model(folder: Path, dtype: torch.dtype = torch.float32):
+    """The model as transformers loads it, with the attention that lowbit uses."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return getattr(transformers, architecture).from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 @pytest.fixture(scope="session")
 def load_plain():
-    """load(folder): the model as transformers loads it."""
+    """load(folder, dtype=float32): the model as transformers loads it."""
     return plain_model
 
 

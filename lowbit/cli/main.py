@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -156,14 +155,12 @@ def _print_result(result, out) -> None:
 def _list_recipes() -> None:
     from ..checkpoints import TARGETS
     from ..pipeline.recipes import PRESETS
-    from .console import out, table
+    from .console import out, text_table
 
-    presets = table("preset", "short form", "what it is", title="Presets")
-    presets.columns[1].justify = presets.columns[2].justify = "left"
+    presets = text_table("preset", "short form", "what it is", title="Presets")
     for name, (short, text) in PRESETS.items():
         presets.add_row(name, short, text)
-    targets = table("target", "default recipe", "read by", title="\nTargets (--to)")
-    targets.columns[1].justify = targets.columns[2].justify = "left"
+    targets = text_table("target", "default recipe", "read by", title="\nTargets (--to)")
     for name, entry in TARGETS.items():
         targets.add_row(name, entry.default_recipe, entry.consumers)
     out.print(presets)
@@ -234,7 +231,7 @@ def evaluate(
     _show(comparison, as_json, None, timing)
     if timing and not as_json:
         out.print(
-            f"prefill {timing.prefill_tokens_per_s:.0f} tokens/s, decode {timing.decode_tokens_per_s:.1f} tokens/s, peak memory {timing.peak_rss_anon_bytes / 1e6:.0f} MB (RssAnon), {timing.peak_rss_bytes / 1e6:.0f} MB (RSS)",
+            f"prefill {timing.prefill_tokens_per_s:.0f} tokens/s, decode {timing.decode_tokens_per_s:.1f} tokens/s, peak memory {timing.peak_memory_bytes / 1e6:.0f} MB (RssAnon), {timing.peak_rss_bytes / 1e6:.0f} MB (RSS)",
             highlight=False,
         )
 
@@ -298,11 +295,134 @@ def demo(
     run(output, model)
 
 
-def _register_data_commands() -> None:
-    from . import data_commands
+@app.command()
+def plan(
+    model: Annotated[str | None, typer.Argument(help="A folder, a config.json, a hub id or a .gguf file; no weights are needed.", show_default=False)] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Recipes to list (default: a selection).", show_default=False)] = None,
+    parameters: Annotated[str | None, typer.Option(help="Instead of a model: a number of parameters such as 70e9 or 70B.", show_default=False)] = None,
+    context: Annotated[int, typer.Option(help="Tokens in the KV cache.", min=1)] = 4096,
+    kv_bits: Annotated[int, typer.Option(help="Bits of an element of the KV cache.", min=1)] = 16,
+    memory: Annotated[str | None, typer.Option(help="Memory to fit, such as 8GB or 24GiB (default: this machine's).", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """What each scheme would take, from a config alone: weights, KV cache, overhead, and what fits.
 
-    data_commands.register(app)
+    Examples:
+
+      lowbit plan ./model --context 8192
+
+      lowbit plan ./model/config.json --memory 8GB --recipe int4-sym-g128 --recipe q4_k
+
+      lowbit plan --parameters 70B
+    """
+    if (model is None) == (parameters is None):
+        raise LowbitError("plan takes a model (folder, config.json, hub id, .gguf) or --parameters, one of the two.")
+    _prepare(None)
+    from dataclasses import asdict
+
+    from ..pipeline import plan as plans
+    from ..pipeline.resources import parse_size
+    from .console import out, print_json, table
+
+    limit = None if memory is None else parse_size(memory)
+    if parameters is not None:
+        rows = plans.plan_parameters(parameters, memory=limit)
+        if as_json:
+            print_json([asdict(row) for row in rows])
+            return
+        shown = table("bits", "weights GB", "fits")
+        for row in rows:
+            shown.add_row(f"{row.bits:g}", f"{row.weights_bytes / 1e9:g}", "yes" if row.fits else "no")
+        out.print(shown)
+        return
+    made = plans.plan(model, recipes=recipe, context=context, memory=limit, kv_bits=kv_bits)
+    if as_json:
+        print_json(asdict(made))
+        return
+    shown = table("recipe", "written as", "weights MB", "bits/w", "KV cache MB", "overhead MB", "total MB", "fits")
+    for row in made.rows:
+        mark = "" if row.exact else "~"
+        cells = (f"{mark}{row.weights_bytes / 1e6:,.1f}", f"{row.bits_per_weight:.2f}", f"{row.kv_cache_bytes / 1e6:,.1f}", f"{row.overhead_bytes / 1e6:,.1f}", f"{row.total_bytes / 1e6:,.1f}")
+        shown.add_row(row.recipe, row.target, *cells, "[green]yes[/]" if row.fits else "[red]no[/]")
+    out.print(f"[bold]{_escape(made.name)}[/]  {made.architecture}, {made.parameters:,} parameters; context {made.context:,}; memory {made.memory_bytes / 1e9:.1f} GB", highlight=False)
+    out.print(shown)
+    out.print("Weights are exact for the files that lowbit writes; ~ marks estimates, and overhead always is one.", style="dim", highlight=False)
+    for note in dict.fromkeys([*made.notes, *(note for row in made.rows for note in row.notes)]):
+        out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 
 
-with contextlib.suppress(ImportError):
-    _register_data_commands()
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A model folder or .gguf file.", show_default=False)],
+    tensor: Annotated[str | None, typer.Option(help="Also decode one tensor and show its histogram.", show_default=False)] = None,
+    all_tensors: Annotated[bool, typer.Option("--all", help="List every tensor, not only the totals.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What is in a file: tensors, formats, bits per weight, totals, and what made it. Reads headers only.
+
+    Examples:
+
+      lowbit inspect out
+
+      lowbit inspect model.gguf --all
+
+      lowbit inspect out --tensor model.layers.0.mlp.down_proj
+    """
+    _prepare(None)
+    from dataclasses import asdict
+
+    from ..pipeline import inspect as inspection
+    from .console import out, print_json, table
+
+    found = inspection.inspect(path)
+    histogram = inspection.tensor_histogram(path, tensor) if tensor else None
+    if as_json:
+        print_json({**asdict(found), **({"histogram": asdict(histogram)} if histogram else {})})
+        return
+    out.print(f"[bold]{_escape(str(found.path))}[/]  {found.kind}, {found.file_bytes / 1e6:,.1f} MB in files, {found.bits_per_weight:.2f} bits per weight", highlight=False)
+    out.print("  " + ", ".join(f"{key} {value}" for key, value in found.config.items()), style="dim", highlight=False, soft_wrap=True)
+    if all_tensors:
+        shown = table("tensor", "format", "shape", "bits/w", "bytes")
+        for row in found.tensors:
+            shown.add_row(row.name, row.format, " x ".join(map(str, row.shape)), f"{row.bits_per_weight:.2f}", f"{row.size_bytes:,}")
+        out.print(shown)
+    totals = table("format", "tensors", "weights", "MB")
+    for name, total in found.formats.items():
+        totals.add_row(name, str(total.tensors), f"{total.weights:,}", f"{total.size_bytes / 1e6:,.1f}")
+    out.print(totals)
+    if found.provenance:
+        recipe = found.provenance.get("recipe", {})
+        out.print(f"made by lowbit {found.provenance.get('lowbit')}, recipe {recipe.get('name')}, calibration {found.provenance.get('calibration')}", style="dim", highlight=False, soft_wrap=True)
+    if histogram:
+        out.print(f"\n[bold]{histogram.name}[/]  {histogram.format} {list(histogram.shape)}  min {histogram.minimum:.5g}  max {histogram.maximum:.5g}  mean {histogram.mean:.5g}  std {histogram.std:.5g}", highlight=False)
+        most = max(histogram.counts)
+        for edge, count in zip(histogram.edges, histogram.counts, strict=False):
+            out.print(f"{edge:>11.4f} {'█' * round(50 * count / max(1, most))} {count if count else ''}", highlight=False)
+
+
+@app.command()
+def doctor(
+    online: Annotated[bool, typer.Option("--online", help="Also ask whether the Hugging Face hub answers.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What this machine has, what lowbit uses of it, and what pip install would add.
+
+    Example:
+
+      lowbit doctor
+    """
+    _prepare(None)
+    from dataclasses import asdict
+
+    from ..pipeline.doctor import doctor as look
+    from .console import out, print_json
+
+    checks = look(online=online)
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        marks = {True: "[green]ok  [/]", False: "[red]bad [/]", None: "[dim]-   [/]"}
+        for check in checks:
+            out.print(f"{marks[check.ok]} {check.name:<20} {_escape(check.detail)}" + (f"\n     {'':<20} [dim]{_escape(check.advice)}[/]" if check.advice else ""), highlight=False, soft_wrap=True)
+    if any(check.ok is False for check in checks):
+        sys.exit(1)

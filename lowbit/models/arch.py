@@ -1,6 +1,8 @@
-"""Facts about architectures, as tables: what cannot be streamed and why, and what a layer is called."""
+"""Facts about architectures, as a table: what cannot be streamed, and why."""
 
 from __future__ import annotations
+
+import transformers
 
 from ..errors import ModelError
 
@@ -11,8 +13,6 @@ UNSUPPORTED = {
     "mamba": "it is a state-space model without attention blocks and has not been tested",
     "mamba2": "it is a state-space model without attention blocks and has not been tested",
 }
-
-NEVER_QUANTIZED = ("router", "gate_inp")
 
 
 def refuse_unsupported(config) -> None:
@@ -25,3 +25,5 @@ def refuse_unsupported(config) -> None:
         raise ModelError(f"{text.model_type} with num_kv_shared_layers = {text.num_kv_shared_layers} cannot be streamed: its last blocks reuse the keys and values of earlier ones.")
     if config.is_encoder_decoder:
         raise ModelError(f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders.")
+    if type(config) in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+        raise ModelError(f"{config.model_type} is an encoder; lowbit quantizes decoders.")

@@ -29,8 +29,8 @@ def check_experts(module: nn.Module, name: str) -> None:
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run every expert on the tokens routed to it.
 
-    hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. self.observe(parameter, expert, x), when set, is shown the
-    inputs of each expert's matrices: x [tokens of this expert, in_features].
+    hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. self.observe(parameter, expert, x, token), when set, is shown
+    the inputs of each expert's matrices: x [tokens of this expert, in_features], and which tokens they are.
     """
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up, observe = getattr(self, up_name), getattr(self, "observe", None)
@@ -41,11 +41,11 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
             continue
         x = hidden_states[token]
         if observe is not None:
-            observe(up_name, expert, x)
+            observe(up_name, expert, x, token)
         x = nn.functional.linear(x, up[expert])
         x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
         if observe is not None:
-            observe("down_proj", expert, x)
+            observe("down_proj", expert, x, token)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, place, None]
         result.index_add_(0, token, x.float())
     return result.to(hidden_states.dtype)

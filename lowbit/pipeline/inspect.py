@@ -12,11 +12,11 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, gguf, gguf_arch, open_checkpoint
+from ..checkpoints import Checkpoint, LazyQuantized, gguf, gguf_arch, open_checkpoint
 from ..checkpoints.compressed_tensors import natural_key
 from ..errors import CheckpointError, RecipeError
 
-CHUNK = 1 << 24  # values of a dense tensor that are looked at together
+CHUNK = 1 << 22  # values that are looked at together
 
 # What a summary shows, and what config.json may call it.
 _SUMMARY = {
@@ -111,29 +111,36 @@ def tensor_histogram(path: str | Path, name: str, bins: int = 40) -> Histogram:
         raise RecipeError(f"bins is {bins}; expected at least 1.")
     checkpoint = open_checkpoint(Path(path).expanduser())
     name = _find(checkpoint, name)
-    low, high, count, total, squares, bad = float("inf"), float("-inf"), 0, 0.0, 0.0, 0
+    low, high, mean, count, bad = _moments(checkpoint, name)
+    left, right = (low, high) if low < high else (low - 0.5, high + 0.5)
+    counts, squares = torch.zeros(bins, dtype=torch.int64), 0.0
+    for values in _chunks(checkpoint, name):
+        finite = values[values.isfinite()] if bad else values
+        squares += (finite - mean).square().sum(dtype=torch.float64).item()
+        counts += torch.histc(finite, bins, left, right).long()
+    edges = torch.linspace(left, right, bins + 1, dtype=torch.float64).tolist()
+    shown = next(row for row in _rows(checkpoint) if row.name == name)
+    return Histogram(name, shown.format, shown.shape, low, high, mean, (squares / count) ** 0.5, bad, tuple(counts.tolist()), tuple(edges))
+
+
+def _moments(checkpoint: Checkpoint, name: str) -> tuple[float, float, float, int, int]:
+    """Minimum, maximum, mean and number of the finite values, and the number of the others."""
+    low, high, total, count, bad = float("inf"), float("-inf"), 0.0, 0, 0
     for values in _chunks(checkpoint, name):
         finite = values[values.isfinite()]
         bad += values.numel() - finite.numel()
         if finite.numel():
             low, high = min(low, finite.min().item()), max(high, finite.max().item())
-            count, total = count + finite.numel(), total + finite.sum().item()
+            count, total = count + finite.numel(), total + finite.sum(dtype=torch.float64).item()
     if not count:
         raise CheckpointError(f"{checkpoint.path}: {name} holds no finite value, so there is nothing to draw.")
-    mean, counts = total / count, torch.zeros(bins, dtype=torch.int64)
-    for values in _chunks(checkpoint, name):
-        finite = values[values.isfinite()]
-        squares += (finite - mean).square().sum().item()
-        places = ((finite - low) * (bins / (high - low or 1.0))).long().clamp_(0, bins - 1)
-        counts += torch.bincount(places, minlength=bins)
-    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64).tolist()
-    shown = next(row for row in _rows(checkpoint) if row.name == name)
-    return Histogram(name, shown.format, shown.shape, low, high, mean, (squares / count) ** 0.5, bad, tuple(counts.tolist()), tuple(edges))
+    return low, high, total / count, count, bad
 
 
 def summary(config: dict) -> dict:
     """The facts of a config.json by plain names; those that it does not state are left out."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    inner = config.get("text_config")
+    text: dict = inner if isinstance(inner, dict) else {}
     architectures = config.get("architectures") or []
     found = {"model_type": config.get("model_type"), "architecture": architectures[0] if architectures else None}
     for key, names in _SUMMARY.items():
@@ -144,8 +151,8 @@ def summary(config: dict) -> dict:
 def _rows(checkpoint: Checkpoint) -> Iterator[TensorRow]:
     true_types = _gguf_types(checkpoint) if checkpoint.kind == "gguf" else {}
     for name in sorted(checkpoint.shapes(), key=natural_key):
-        entry = checkpoint.tensors.get(name) or checkpoint.quantized[name]
-        own = entry.scheme.name if name in checkpoint.quantized else str(entry.dtype).removeprefix("torch.")
+        entry = checkpoint.quantized.get(name) or checkpoint.tensors[name]
+        own = entry.scheme.name if isinstance(entry, LazyQuantized) else str(entry.dtype).removeprefix("torch.")
         kind, size = true_types.get(name, (own, entry.nbytes))
         shape = tuple(entry.shape)
         yield TensorRow(name, kind, shape, 8 * size / max(1, torch.Size(shape).numel()), size)
@@ -198,14 +205,14 @@ def _find(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    """The values as float64, some rows at a time; a quantized matrix is decoded whole."""
+    """The values as float32, some rows at a time; a quantized matrix is decoded whole."""
     entry = checkpoint.tensors.get(name)
     if entry is None:
         values = checkpoint.dense(name).reshape(-1)
         for start in range(0, len(values), CHUNK):
-            yield values[start : start + CHUNK].double()
+            yield values[start : start + CHUNK].float()
         return
     rows = entry.shape[0] if entry.shape else 1
     step = max(1, CHUNK * rows // max(1, entry.numel))
     for start in range(0, rows, step):
-        yield entry.read(start, min(start + step, rows)).reshape(-1).double()
+        yield entry.read(start, min(start + step, rows)).reshape(-1).float()

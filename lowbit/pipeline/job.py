@@ -4,14 +4,17 @@
     OUT.work/block-00007.safetensors     the quantized matrices of block 7 (codes packed), then
     OUT.work/block-00007.json            their records; its presence means that the block is done
     OUT.work/hidden-0.bin, hidden-1.bin  hidden states: block b reads hidden-(b % 2) and writes the other
+    OUT.work/finished.json               OUT.tmp is whole: what remains is to give it its name and to remove this folder
 
 A block's files are written to a sibling, synced and renamed, and its input hidden states stay until it is done: redoing it gives the same bytes.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -26,25 +29,43 @@ from ..scheme import INT, Scheme
 from ..tensor import QuantizedTensor
 
 
+KEY, FINISHED = "job.json", "finished.json"
+
+
+def work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".work")
+
+
+def temporary(output: Path) -> Path:
+    """Where the output is written before it gets its name."""
+    return output.with_name(output.name + ".tmp")
+
+
+def refuse_existing(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise JobError when an output or an unfinished job is in the way."""
+    folder = work_folder(output)
+    if output.exists() and not overwrite and not (resume and (folder / FINISHED).exists() and not temporary(output).exists()):
+        raise JobError(f"{output} exists already. Choose another -o, or --overwrite to replace it when the new one is whole.")
+    if folder.exists() and not resume and not overwrite:
+        raise JobError(f"{folder} holds an unfinished job. Go on with --resume, or begin anew with --overwrite.")
+
+
 class Job:
     """One quantize job's work folder beside its output."""
 
     def __init__(self, output: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
-        self.folder = output.with_name(output.name + ".work")
-        self.resumed = False
-        if output.exists() and not overwrite:
-            raise JobError(f"{output} exists already. Choose another -o, or --overwrite to replace it when the new one is whole.")
+        refuse_existing(output, resume=resume, overwrite=overwrite)
+        self.output, self.folder = output, work_folder(output)
         if self.folder.exists() and not resume:
-            if not overwrite:
-                raise JobError(f"{self.folder} holds an unfinished job. Go on with --resume, or begin anew with --overwrite.")
             shutil.rmtree(self.folder)
-        if (self.folder / "job.json").exists():
-            self._refuse_other(read_json(self.folder / "job.json"), key)
-            self.resumed = True
+        if (self.folder / KEY).exists():
+            self._refuse_other(read_json(self.folder / KEY), key)
+            if not self.written:
+                (self.folder / FINISHED).unlink(missing_ok=True)
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "job.json", json.dumps(key, indent=2, sort_keys=True, default=str) + "\n")
+            write_text(self.folder / KEY, json.dumps(key, indent=2, sort_keys=True, default=str) + "\n")
         except OSError as error:
             raise JobError(f"{self.folder} cannot be written: {error.strerror}. Choose another place with -o.") from error
 
@@ -70,10 +91,9 @@ class Job:
             schemes[name] = {"scheme": qt.scheme.to_dict(), "shape": list(qt.shape), "dtype": qt.dtype}
             for key, value in qt.parts.items():
                 flat[f"{name}|{key}"] = packing.pack(value, qt.scheme.bits) if key == "codes" else value.contiguous()
-        temporary = self.folder / f"{part}.tmp"
-        save_file(flat, temporary)
-        sync(temporary)
-        os.replace(temporary, self.folder / f"{part}.safetensors")
+        sibling = self.folder / f"{part}.tmp"
+        _save_file(flat, sibling)
+        os.replace(sibling, self.folder / f"{part}.safetensors")
         write_text(self.folder / f"{part}.json", json.dumps({"records": records, "tensors": schemes}, indent=1) + "\n")
 
     def records(self, part: str) -> dict:
@@ -90,8 +110,31 @@ class Job:
             for name, entry in read_json(self.folder / f"{part}.json")["tensors"].items()
         }
 
+    def finish(self) -> None:
+        """Note that the output is whole under its temporary name."""
+        write_text(self.folder / FINISHED, "{}\n")
+
+    @property
+    def written(self) -> bool:
+        """Whether an earlier run got as far as giving the output its name."""
+        return (self.folder / FINISHED).exists() and self.output.exists() and not temporary(self.output).exists()
+
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the work folder; what says that the job is finished goes last."""
+        for file in sorted(self.folder.iterdir(), key=lambda file: (KEY, FINISHED).index(file.name) if file.name in (KEY, FINISHED) else -1):
+            file.unlink()
+        self.folder.rmdir()
+
+
+def _save_file(tensors: dict, path: Path) -> None:
+    """safetensors' save_file, synced; OSError where it says in words that the system refused."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+    sync(path)
 
 
 def _lazy(handle, name: str, scheme: Scheme, shape: tuple[int, int], dtype: str) -> LazyQuantized:

@@ -1,7 +1,7 @@
 """How fast a model answers and what it holds, measured in a fresh process, so that nothing that ran before counts.
 
 The model is loaded whole through transformers' modules, quantized weights decoded to the dtype of the computation: this version has no kernels that
-compute on packed weights, so a quantized model takes the time and memory of a dense one. The process is `python -m lowbit.pipeline.latency`;
+compute on packed weights, so a quantized model takes the time and memory of a dense one, and experts run one by one. The process is `python -m lowbit.pipeline.latency`;
 it answers with one line of JSON.
 """
 
@@ -72,11 +72,11 @@ def measure(
     path: what open_checkpoint reads, or a hub id. dtype: of weights and computation. threads: of torch; None: its default.
     Raises ResourceError before loading when the model does not fit into memory, and whatever else the process raises.
     """
-    options = {"prefill": prefill, "decode": decode, "dtype": dtype, "repeats": repeats} | ({} if threads is None else {"threads": threads})
-    for name in ("prefill", "decode", "repeats", "threads"):
-        if options.get(name, 1) < 1:
-            raise ModelError(f"{name} is {options[name]}; expected at least 1.")
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    numbers = {"prefill": prefill, "decode": decode, "repeats": repeats} | ({} if threads is None else {"threads": threads})
+    for name, value in numbers.items():
+        if value < 1:
+            raise ModelError(f"{name} is {value}; expected at least 1.")
+    words = ["--dtype", dtype] + [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
     # -P and PYTHONPATH: the process imports this lowbit, not one that lies in the current folder.
     home = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))}

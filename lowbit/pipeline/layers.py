@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import numerics
 from ..algorithms import algorithm
+from ..errors import ModelError
 from ..models.linears import Linear, get_weight, set_weight
 from ..scheme import INT
 from ..stats import LayerStats, merge
@@ -29,10 +30,8 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
     for linears in _alike(group.linears, plans):
         plan = plans[linears[0].name]
         W = torch.cat([get_weight(block, linear).float() for linear in linears])
-        for linear in linears:
-            numerics.refuse_bad_values(get_weight(block, linear), linear.name)
         notes: list[str] = []
-        made = algorithm(plan.algorithm).run(W, plan.scheme, group.stats, plan.options, notes)
+        made = _choose_codes(W, plan, group.stats, notes, linears[0].name)
         decoded = numerics.dequantize(made)
         rounded = _rounded(W, plan) if group.stats.hessian is not None and plan.algorithm != "rtn" else None
         start = 0
@@ -40,9 +39,22 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
             rows = slice(start, start + linear.shape[0])
             start = rows.stop
             tensors[linear.name] = _rows(made, rows, dtypes[linear.name])
-            records[linear.name] = _record(linear, plan, group.stats, W[rows], decoded[rows], None if rounded is None else rounded[rows], notes)
+            records[linear.name] = _record(linear, plans[linear.name], group.stats, W[rows], decoded[rows], None if rounded is None else rounded[rows], notes)
             set_weight(block, linear, decoded[rows])
     return tensors, records
+
+
+def _choose_codes(W: Tensor, plan: LayerPlan, stats: LayerStats, notes: list[str], name: str) -> QuantizedTensor:
+    entry = algorithm(plan.algorithm)
+    needs = entry.needs(plan.options)
+    if stats.hessian is not None and not bool(torch.isfinite(stats.hessian.diagonal()).all()):
+        raise ModelError(f"{name}: the activations that reach it are infinite or NaN. Compute in a wider dtype (--dtype float32), or check the model.")
+    if "hessian" in needs and stats.hessian is None:
+        notes.append("no token of the calibration text reached it: plain rounding was used")
+        return numerics.quantize(W, plan.scheme)
+    if needs and stats.n_tokens == 0 and stats.hessian is None:
+        notes.append("no token of the calibration text reached it: all inputs count the same")
+    return entry.run(W, plan.scheme, stats, plan.options, notes)
 
 
 def _alike(linears: list[Linear], plans: dict[str, LayerPlan]) -> list[list[Linear]]:
@@ -78,7 +90,7 @@ def _record(linear: Linear, plan: LayerPlan, stats: LayerStats, W: Tensor, decod
         "bits_per_weight": round(numerics.bits_per_weight(plan.scheme, linear.shape), 4),
         "weight_error": _round(float(error.square().sum() / W.square().sum().clamp(min=1e-30))),
     }
-    if stats.n_tokens:
+    if stats.n_tokens or algorithm(plan.algorithm).needs(plan.options):
         record["tokens"] = stats.n_tokens
     if stats.hessian is not None:
         norm = output_energy(W, stats.hessian)

@@ -41,7 +41,7 @@ DEFAULT_RECIPES = (
 )  # fmt: skip
 GROUP_SIZES = (128, 64, 32, 16)  # tried in turn where a group does not divide a matrix
 BATCH_TOKENS = 512  # of llama.cpp's and of our own passes over a prompt
-PROGRAM_BYTES = 400_000_000  # a Python process with torch and transformers; llama.cpp's takes less
+PROGRAM_BYTES = 300_000_000  # RssAnon of a Python process with torch and transformers, less the model's (pipeline/latency.py); llama.cpp's takes less
 _CONTEXT_FREE = ("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding")
 _COUNTS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
@@ -212,11 +212,16 @@ def _hub_config(name: str) -> Path:
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{name} is neither a path here nor a model on the hub (or it is private: run `hf auth login`).") from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{name} is no path here, and the Hugging Face hub cannot be reached. Give the path of a config.json, or try again with a network.") from error
+        raise _no_hub(name, error) from error
     except EntryNotFoundError as error:
         raise CheckpointError(f"{name} on the hub has no config.json. Give the path of its GGUF file, or the model that it was made from.") from error
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{name} is no path here, and the Hugging Face hub cannot be reached ({type(error).__name__}). Give the path of a config.json, or try again with a network.") from error
+        raise _no_hub(name, error) from error
+
+
+def _no_hub(name: str, error: Exception) -> CheckpointError:
+    reason = f"the Hugging Face hub cannot be reached ({type(error).__name__})"
+    return CheckpointError(f"{name} is no path here, and {reason}. Give the path of a config.json, or try again with a network.")
 
 
 def stand_in(config: dict, name: str) -> Checkpoint:
@@ -232,8 +237,12 @@ def _on_meta(checkpoint: Checkpoint):
     settings = sk._config(checkpoint)
     dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or settings.get_text_config().dtype
     dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
-    with torch.device("meta"):
-        model = sk._model_class(settings)._from_config(settings, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    kind = sk._model_class(settings)
+    try:
+        with torch.device("meta"):
+            model = kind._from_config(settings, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    except Exception as error:  # the library raises many kinds for a bad value, and for a package that is not there
+        raise sk._bad_config(checkpoint, error) from error
     model.tie_weights()
     return model
 
@@ -370,7 +379,8 @@ def _with_fallbacks(model: _Model, recipe: Recipe) -> tuple[dict[str, Scheme], l
             plans = resolve(replace(recipe, scheme=other), {name: shape}, {})
         schemes |= {key: one.scheme for key, one in plans.items()}
     schemes |= {key: one.scheme for key, one in resolve(recipe, {}, model.outside).items()}
-    notes = [f"{recipe.scheme.name} cannot hold rows of {columns}: {other} is counted for {count} matrices (say so with a rule in a recipe file)." for (columns, other), count in counts.items()]
+    said = "{} cannot hold rows of {}: {} is counted for {} matrices (say so with a rule in a recipe file)."
+    notes = [said.format(recipe.scheme.name, columns, other, count) for (columns, other), count in counts.items()]
     return schemes, notes, True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import transformers
 
 from .. import __version__, numerics
 from ..algorithms import algorithm
-from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
-from ..errors import ModelError
+from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint, target
+from ..errors import JobError, ModelError, RecipeError, ResourceError
 from ..models import skeleton as sk
 from ..models.linears import Linear, find_linears
 from ..models.skeleton import Skeleton
@@ -29,9 +30,9 @@ from ..recipe import Calibration, Recipe
 from ..tensor import QuantizedTensor
 from . import recipes, resources
 from .calibration import Windows, calibration_windows
-from .collect import Collector, InputGroup, StopBlock
+from .collect import Collector, InputGroup, StopBlock, stages
 from .hidden import HiddenStates
-from .job import Job
+from .job import Job, refuse_existing, temporary, work_folder
 from .layers import quantize_group, share_scarce
 from .locate import load_tokenizer, locate
 from .recipes import LayerPlan
@@ -39,6 +40,7 @@ from .selfgen import self_texts
 from .streaming import Streamer
 
 log = logging.getLogger(__name__)
+CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -102,24 +104,28 @@ def quantize(
         draft = recipes.parse(recipe, target_name=target_name or _target_of(output))
         located = locate(path, progress=progress)
         output = Path(output) if output is not None else Path(_default_name(located, draft.recipe))
+        refuse_existing(output, resume=resume, overwrite=overwrite)
+        _refuse_own_input(output, located)
         setup = _set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress)
-        with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, _readable_errors(output):
             tokenizer_needed = bool(setup.needs) or setup.checkpoint.kind == "gguf"
             tokenizer = load_tokenizer(setup.checkpoint, Path(scratch)) if tokenizer_needed else None
             windows = _windows(setup, tokenizer) if setup.needs else None
+            _check_resources(setup, windows, output, resumed=resume and work_folder(output).exists())
+            _refuse_damaged(setup)
             job = Job(output, _key(setup, windows), resume=resume, overwrite=overwrite)
-            _check_resources(setup, windows, output, job)
             with _log_file(output):
                 log.info("model %s, output %s", located, output)
-                _run(setup, windows, job, peak)
-                peak.look()
-                made = _assemble(setup, windows, job, tokenizer)
-                _write(made, setup.recipe.target, output, progress, overwrite=overwrite)
+                if not job.written:
+                    _run(setup, windows, job, peak)
+                    peak.look()
+                    _write(_assemble(setup, windows, job, tokenizer), setup.recipe.target, output, progress, overwrite=overwrite, whole=job.finish)
                 job.remove()
                 peak.look()
                 seconds = time.monotonic() - started
                 log.info("done in %.1f s, peak RssAnon %s", seconds, resources.human(peak.peak_bytes))
-    return Result(output, made.provenance, seconds, peak.peak_bytes)
+            provenance = open_checkpoint(output).provenance
+    return Result(output, provenance, seconds, peak.peak_bytes)
 
 
 @contextmanager
@@ -134,6 +140,25 @@ def _as_path(model) -> Iterator[str | Path]:
             for file in open_checkpoint(Path(name)).files:
                 shutil.copy(file, folder)
         yield Path(folder)
+
+
+def _refuse_own_input(output: Path, model: Path) -> None:
+    """Raise JobError when writing the output would replace the model that is read."""
+    if model.resolve().is_relative_to(output.resolve()):
+        raise JobError(f"the output {output} is where the model itself is. Choose another -o.")
+
+
+@contextmanager
+def _readable_errors(output: Path) -> Iterator[None]:
+    """Say in one paragraph what the system refuses; what is done so far stays where it is."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or output.absolute().parent}: {error.strerror or error}"
+        keep = f" What is done so far is kept in {work_folder(output)}: go on with --resume." if work_folder(output).exists() else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"There is no room for the output ({what}). Free some disk, or write elsewhere with -o.{keep}") from error
+        raise JobError(f"The output cannot be written or the model cannot be read ({what}).{keep}") from error
 
 
 def _target_of(output: str | Path | None) -> str | None:
@@ -154,6 +179,8 @@ def _set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, p
     shapes = {linear.name: linear.shape for block in linears for linear in block}
     outside = outside_matrices(skeleton)
     recipe, notes = recipes.settle(draft, shapes, _dtype_name(checkpoint, next(iter(shapes))))
+    if recipe.target == "compressed-tensors" and any(linear.transposed for block in linears for linear in block):
+        notes.append(f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which the programs that read compressed-tensors do not handle: lowbit reads the result; for others write GGUF or safetensors.")
     for note in notes:
         progress.note(note)
     recipe = replace(recipe, seed=seed, calibration=_override(recipe.calibration, skeleton, calibration, n_samples, seq_len))
@@ -162,6 +189,8 @@ def _set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, p
 
         supported(checkpoint.config)
     plans = recipes.resolve(recipe, shapes, outside)
+    if not plans:
+        raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
     needs = tuple(sorted({need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}))
     chosen = resources.choose_device(device)
     return _Setup(checkpoint, skeleton, recipe, plans, linears, outside, needs, chosen, resources.choose_dtype(dtype, chosen), progress, notes)
@@ -198,12 +227,8 @@ def _dtype_name(checkpoint: Checkpoint, name: str) -> str:
 
 def _windows(setup: _Setup, tokenizer) -> Windows:
     calibration = setup.recipe.calibration
-    if calibration.source == "self":
-        texts = self_texts(setup.checkpoint, tokenizer, calibration, seed=setup.recipe.seed, progress=setup.progress)
-        from .calibration import packed
-
-        return packed(texts, tokenizer, length=calibration.seq_len, count=calibration.n_samples)
-    return calibration_windows(calibration, tokenizer, progress=setup.progress)
+    texts = self_texts(setup.checkpoint, tokenizer, calibration, seed=setup.recipe.seed, progress=setup.progress) if calibration.source == "self" else None
+    return calibration_windows(calibration, tokenizer, texts=texts, progress=setup.progress)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -229,14 +254,27 @@ def _key(setup: _Setup, windows: Windows | None) -> dict:
     }
 
 
-def _check_resources(setup: _Setup, windows: Windows | None, output: Path, job: Job) -> None:
+def _check_resources(setup: _Setup, windows: Windows | None, output: Path, *, resumed: bool) -> None:
     quantized = sum(numerics.nbytes(plan.scheme, shape) for plan, shape in _planned_shapes(setup))
     kept = sum(t.nbytes for name, t in setup.checkpoint.tensors.items() if name not in setup.plans)
     hidden = 0 if windows is None else 2 * windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize
     disk = 2 * quantized + kept + hidden  # the work folder and the output exist side by side for a while
-    if not job.resumed:
+    if not resumed:
         resources.require_disk(output.absolute().parent, disk, purpose="This job")
     resources.require_memory(memory_estimate(setup, windows), purpose="This job")
+
+
+def _refuse_damaged(setup: _Setup) -> None:
+    """Raise FormatError when a weight outside the blocks holds NaN or infinity; those in the blocks are looked at when they are loaded."""
+    prefix = f"{setup.skeleton.blocks_name}."
+    inside = {name for parameter, source in setup.skeleton.sources.items() if parameter.startswith(prefix) for name in source.flat()}
+    for name, lazy in setup.checkpoint.tensors.items():
+        if name in inside or not lazy.dtype.is_floating_point:
+            continue
+        rows = lazy.shape[0] if lazy.shape else 1
+        chunk = max(1, CHUNK_BYTES * rows // max(1, lazy.nbytes))
+        for start in range(0, rows, chunk):
+            numerics.refuse_bad_values(lazy.read(start, min(start + chunk, rows)), name)
 
 
 def _planned_shapes(setup: _Setup):
@@ -260,7 +298,7 @@ def _run(setup: _Setup, windows: Windows | None, job: Job, peak: resources.PeakM
     depth = len(setup.skeleton.blocks)
     first = next((i for i in range(depth) if not job.done(_part(i))), depth)
     if first:
-        setup.progress.note(f"Going on at block {first + 1} of {depth}.")
+        setup.progress.note(f"Going on at block {first + 1} of {depth}." if first < depth else "All blocks are done; writing.")
     if windows is None:
         _run_without_data(setup, job, first, peak)
         return
@@ -268,10 +306,10 @@ def _run(setup: _Setup, windows: Windows | None, job: Job, peak: resources.PeakM
         return
     streamer = Streamer(setup.skeleton, windows.batches(), dtype=setup.dtype, device=setup.device)
 
-    def states(block: int) -> HiddenStates:
-        return HiddenStates(streamer.shapes, streamer.hidden_size, setup.dtype, file=job.hidden_file(block))
+    def states(block: int, *, must_exist: bool = False) -> HiddenStates:
+        return HiddenStates(streamer.shapes, streamer.hidden_size, setup.dtype, file=job.hidden_file(block), must_exist=must_exist)
 
-    source = states(first)
+    source = states(first, must_exist=first > 0)
     streamer.record(source if first == 0 else None)
     worker = _BlockWorker(setup, streamer, peak)
     with setup.progress.step("Quantizing blocks", depth * worker.steps_per_block) as advance:
@@ -324,9 +362,9 @@ class _BlockWorker:
         linears = [linear for linear in setup.linears[index] if linear.name in setup.plans]
         collector = Collector(block, linears)
         groups = self._groups(collector, linears, index, block, source) if linears else []
-        stages = [[group] for group in groups] if setup.recipe.true_sequential else [groups] if groups else []
+        turns = stages(groups) if setup.recipe.true_sequential else [groups] if groups else []
         tensors, records = {}, {}
-        for number, stage in enumerate(stages):
+        for number, stage in enumerate(turns):
             self._collect(collector, stage, index, block, source, advance if number == 0 else lambda n=1: None)
             notes = share_scarce(stage)
             for group in stage:
@@ -386,7 +424,21 @@ def _assemble(setup: _Setup, windows: Windows | None, job: Job, tokenizer) -> Ch
             tensors |= {name: setup.checkpoint.lazy(name) for name in rest}
             rest = {}
     provenance = _provenance(setup, windows, records)
-    return replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance)
+    made = replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance)
+    return made if setup.recipe.target != "safetensors" else as_stored_dense(made, [x for block in setup.linears for x in block])
+
+
+def as_stored_dense(checkpoint: Checkpoint, linears: list[Linear]) -> Checkpoint:
+    """The checkpoint with the quantized matrices of Conv1D layers as dense ones, turned to [in, out] as their models store them."""
+    names = [linear.name for linear in linears if linear.transposed and linear.name in checkpoint.quantized]
+    dense = {name: _turned(checkpoint, name) for name in names}
+    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in dense}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **dense}, quantized=quantized)
+
+
+def _turned(checkpoint: Checkpoint, name: str) -> LazyTensor:
+    entry = checkpoint.quantized[name]
+    return LazyTensor(entry.shape[::-1], entry.dtype, lambda start, stop: checkpoint.dense(name).T[start:stop])
 
 
 def with_rounded(checkpoint: Checkpoint, schemes: dict) -> Checkpoint:
@@ -399,7 +451,7 @@ def with_rounded(checkpoint: Checkpoint, schemes: dict) -> Checkpoint:
 
 def _rounded(lazy, scheme) -> LazyQuantized:
     rows, columns = lazy.shape
-    chunk = max(1, (32 << 20) // (columns * 4))
+    chunk = max(1, CHUNK_BYTES // (columns * 4))
 
     def load() -> QuantizedTensor:
         parts: dict[str, list] = {}
@@ -430,25 +482,29 @@ def _provenance(setup: _Setup, windows: Windows | None, records: dict) -> dict:
     }
 
 
-def _write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool) -> None:
-    """Write through a sibling, so that nothing has the output's name before it is whole."""
-    kind = target(target_name)
-    temporary = output.with_name(output.name + ".tmp")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
+def _write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, whole: Callable[[], None] = lambda: None) -> None:
+    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it."""
+    kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
+    _delete(draft)
+    draft.parent.mkdir(parents=True, exist_ok=True)
     if not kind.suffix:
-        temporary.mkdir(parents=True)
-    else:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
-            kind.write(checkpoint, temporary, progress=advance)
+            kind.write(checkpoint, draft, progress=advance)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+            _delete(draft)
             raise
+    whole()
+    _delete(old)
     if output.exists() and overwrite:
-        shutil.rmtree(output) if output.is_dir() else output.unlink()
-    os.replace(temporary, output)
+        os.replace(output, old)
+    os.replace(draft, output)
+    _delete(old)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def convert(path: str | Path, target_name: str, output: str | Path, *, outside: str | None = None, overwrite: bool = False, progress: Progress = SILENT) -> Path:
@@ -460,14 +516,20 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
 
     output = Path(output)
     if output.exists() and not overwrite:
-        raise ModelError(f"{output} exists already. Choose another -o, or --overwrite.")
-    checkpoint = open_checkpoint(locate(path, progress=progress))
+        raise JobError(f"{output} exists already. Choose another -o, or --overwrite.")
+    located = locate(path, progress=progress)
+    _refuse_own_input(output, located)
+    checkpoint = open_checkpoint(located)
     for name, entry in checkpoint.quantized.items():
         target(target_name).check(entry.scheme, entry.shape, name)
     if outside is not None:
         names = outside_matrices(sk.build(checkpoint))
         checkpoint = with_rounded(checkpoint, {name: Scheme(format=outside, bits=8) for name in names})
-    _write(checkpoint, target_name, output, progress, overwrite=overwrite)
+    if target_name == "safetensors" and checkpoint.quantized:
+        skeleton = sk.build(checkpoint)
+        checkpoint = as_stored_dense(checkpoint, [x for index in range(len(skeleton.blocks)) for x in find_linears(skeleton, index)])
+    with _readable_errors(output):
+        _write(checkpoint, target_name, output, progress, overwrite=overwrite)
     return output
 
 
@@ -475,7 +537,7 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
 def _log_file(output: Path) -> Iterator[None]:
     """Times and paths go to OUT.log beside the output."""
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(output.with_name(output.name + ".log"), encoding="utf-8")
+    handler = _LogHandler(output.with_name(output.name + ".log"), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("lowbit")
     previous = logger.level
@@ -486,6 +548,12 @@ def _log_file(output: Path) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(previous)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
+class _LogHandler(logging.FileHandler):
+    """A log that is silent when it cannot be written: the work itself says that the disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from .. import numerics
 from ..algorithms import ALGORITHMS, check_format, make_options
 from ..checkpoints import TARGETS, target
 from ..checkpoints.gguf import fallback
-from ..errors import RecipeError, ShapeError
+from ..errors import RecipeError
 from ..numerics.ggml import BLOCK_TYPES
 from ..recipe import Calibration, Recipe, Rule, from_dict
 from ..scheme import CASTS, INT, Scheme
@@ -29,6 +29,7 @@ PRESETS: dict[str, tuple[str, str]] = {
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
+FILE_KEYS = ("scheme", "algorithm", "options", "scale_dtype", "rules", "calibration", "true_sequential", "target")
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe as written: words left out are None until the target and the model are known."""
+    """A recipe as written, and which words were left out: they are filled in when the target and the model are known."""
 
     recipe: Recipe
     group_given: bool
     scale_given: bool
     target_given: bool
+    rule_groups_given: tuple[bool, ...] = ()
 
 
 def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -> Draft:
@@ -74,6 +76,18 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
 
 def _short(text: str, *, name: str) -> Draft:
     """Words in any order joined by "-": a number format, sym|asym, gN|channel|tensor, an algorithm, a range convention, a range search."""
+    found = _words(text)
+    scheme = _scheme(found)
+    algorithm = found.get("algorithm", "gptq" if scheme.format == INT and scheme.bits < 8 else "rtn")
+    options = {"search": found["search"]} if "search" in found else {}
+    check_format(algorithm, scheme)
+    _check_options(algorithm, options)
+    recipe = Recipe(name=name, scheme=scheme, algorithm=algorithm, options=options)
+    return Draft(recipe, group_given="group" in found or scheme.format != INT, scale_given=False, target_given=False)
+
+
+def _words(text: str) -> dict[str, object]:
+    """What the words of a short form say: format, symmetric, group, algorithm, range, search."""
     found: dict[str, object] = {}
 
     def put(key: str, value: object, word: str) -> None:
@@ -85,16 +99,12 @@ def _short(text: str, *, name: str) -> Draft:
         _word(word, text, put)
     if "format" not in found:
         raise RecipeError(f"recipe {text!r} names no number format; expected a word like int4, q4_k, q8_0, float16.")
-    fmt, bits = found["format"]
-    if fmt != INT and {"symmetric", "group"} & set(found):
-        raise RecipeError(f"recipe {text!r}: {fmt} fixes its own groups and zero-points; leave out sym, asym and gN.")
-    algorithm = found.get("algorithm", "gptq" if fmt == INT and bits < 8 else "rtn")
-    scheme = _scheme(fmt, bits, found)
-    options = {"search": found["search"]} if "search" in found else {}
-    check_format(algorithm, scheme)
-    make_options(algorithm, options)
-    recipe = Recipe(name=name, scheme=scheme, algorithm=algorithm, options=options)
-    return Draft(recipe, group_given="group" in found or fmt != INT, scale_given=False, target_given=False)
+    fmt, _ = found["format"]
+    if fmt != INT and {"symmetric", "group", "range", "search"} & set(found):
+        raise RecipeError(f"recipe {text!r}: {fmt} fixes its own groups, zero-points and ranges; leave out sym, asym, gN and words for ranges.")
+    if found.get("symmetric") is False and found.get("range") in ("half", "full"):
+        raise RecipeError(f"recipe {text!r}: {found['range']} is a range of symmetric integers, and contradicts asym.")
+    return found
 
 
 def _word(word: str, text: str, put) -> None:
@@ -124,7 +134,8 @@ def _word(word: str, text: str, put) -> None:
         )
 
 
-def _scheme(fmt: str, bits: int, found: dict) -> Scheme:
+def _scheme(found: dict) -> Scheme:
+    fmt, bits = found["format"]
     if fmt != INT:
         return Scheme(format=fmt, bits=BLOCK_TYPES[fmt].block_bytes * 8 // BLOCK_TYPES[fmt].block_size if fmt in BLOCK_TYPES else 16)
     symmetric = found.get("symmetric", True)
@@ -132,7 +143,7 @@ def _scheme(fmt: str, bits: int, found: dict) -> Scheme:
 
 
 def _toml(path: Path) -> Draft:
-    """A recipe file: see docs/recipes.md. Unknown keys are errors."""
+    """A recipe file: see docs/recipes.md. Unknown keys and wrong types are errors."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -140,42 +151,87 @@ def _toml(path: Path) -> Draft:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
     where = str(path)
-    base = _short(_text(data.pop("scheme", None), f"{where}: scheme"), name=path.stem)
-    recipe, given = base.recipe, base.group_given
-    algorithm = data.pop("algorithm", recipe.algorithm)
-    check_format(algorithm, recipe.scheme)
-    options = {**recipe.options, **data.pop("options", {})}
-    make_options(algorithm, options)
-    scale_given = "scale_dtype" in data
-    if scale_given:
-        recipe = replace(recipe, scheme=replace(recipe.scheme, scale_dtype=data.pop("scale_dtype")))
-    rules = tuple(_rule(entry, f"{where}: rule {i}") for i, entry in enumerate(data.pop("rules", []), 1))
-    calibration = from_dict(Calibration, data.pop("calibration", {}), where=f"{where}: calibration")
-    target_given = "target" in data
-    fixed = {"name": path.stem, "scheme": recipe.scheme, "algorithm": algorithm, "options": options, "rules": rules, "calibration": calibration}
-    for key in ("transforms", "kv_cache"):
-        if key in data:
+    for key in data:
+        if key in ("transforms", "kv_cache"):
             raise RecipeError(f"{where}: {key} is reserved for a later version; leave it out.")
-    return Draft(from_dict(Recipe, {**data, **fixed}, where=where), given, scale_given, target_given)
+        if key not in FILE_KEYS:
+            raise RecipeError(f"{where}: unknown key {key!r}; expected one of {', '.join(FILE_KEYS)}.")
+    base = _short(_text(data.get("scheme"), f"{where}: scheme"), name=path.stem)
+    algorithm = _text(data.get("algorithm", base.recipe.algorithm), f"{where}: algorithm", example="gptq")
+    scheme = replace(base.recipe.scheme, scale_dtype=data.get("scale_dtype", base.recipe.scheme.scale_dtype))
+    check_format(algorithm, scheme)
+    options = {**base.recipe.options, **_table(data.get("options", {}), f"{where}: options")}
+    _check_options(algorithm, options)
+    calibration = _table(data.get("calibration", {}), f"{where}: calibration")
+    _refuse_wrong_types(Calibration, calibration, f"{where}: calibration")
+    plain = {key: data[key] for key in ("true_sequential", "target") if key in data}
+    _refuse_wrong_types(Recipe, plain, where)
+    recipe = Recipe(path.stem, scheme, algorithm, options, calibration=from_dict(Calibration, calibration, where=f"{where}: calibration"), **plain)
+    entries = data.get("rules", [])
+    if not isinstance(entries, list):
+        raise RecipeError(f"{where}: rules is a single table; write [[rules]] for each.")
+    rules = [_rule(entry, f"{where}: rule {i}", recipe) for i, entry in enumerate(entries, 1)]
+    recipe = replace(recipe, rules=tuple(rule for rule, _ in rules))
+    return Draft(recipe, base.group_given, "scale_dtype" in data, "target" in data, tuple(given for _, given in rules))
 
 
-def _text(value: object, where: str) -> str:
+def _text(value: object, where: str, *, example: str = "int4-sym-g64") -> str:
     if not isinstance(value, str):
-        raise RecipeError(f'{where}: expected a short form such as "int4-sym-g64", got {value!r}.')
+        raise RecipeError(f'{where}: expected a short form such as "{example}", got {value!r}.')
     return value
 
 
-def _rule(entry: dict, where: str) -> Rule:
-    entry = dict(entry)
-    match, words = _text(entry.pop("match", None), f"{where}: match"), _text(entry.pop("scheme", None), f"{where}: scheme")
-    options = entry.pop("options", {})
-    if entry:
-        raise RecipeError(f"{where}: unknown key {sorted(entry)[0]!r}; expected match, scheme and options.")
+def _table(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise RecipeError(f"{where}: expected a table, got {value!r}.")
+    return value
+
+
+def _rule(entry: object, where: str, recipe: Recipe) -> tuple[Rule, bool]:
+    """A rule and whether it names its groups. What its words leave out is as in the recipe."""
+    entry = _table(entry, where)
+    for key in entry:
+        if key not in ("match", "scheme", "options"):
+            raise RecipeError(f"{where}: unknown key {key!r}; expected match, scheme and options.")
+    match, words = _text(entry.get("match"), f"{where}: match", example="*.down_proj"), _text(entry.get("scheme"), f"{where}: scheme")
     if words == "keep":
-        return Rule(match, None)
-    recipe = _short(words, name=words).recipe
-    make_options(recipe.algorithm, {**recipe.options, **options})
-    return Rule(match, recipe.scheme, recipe.algorithm, {**recipe.options, **options})
+        return Rule(match, None), True
+    found = _words(words)
+    both = found["format"][0] == recipe.scheme.format == INT
+    inherited = {"symmetric": recipe.scheme.symmetric, "group": recipe.scheme.block, "range": recipe.scheme.range} if both else {}
+    scheme = _scheme({**inherited, **found})
+    formats = ALGORITHMS[recipe.algorithm].formats
+    algorithm = found.get("algorithm") or (recipe.algorithm if formats is None or scheme.format in formats else "rtn")
+    check_format(algorithm, scheme)
+    own = {**({"search": found["search"]} if "search" in found else {}), **_table(entry.get("options", {}), f"{where}: options")}
+    options = {**(recipe.options if algorithm == recipe.algorithm and "algorithm" not in found else {}), **own}
+    _check_options(algorithm, options)
+    return Rule(match, scheme, algorithm, options), "group" in found or scheme.format != INT
+
+
+def _check_options(algorithm: str, options: dict) -> None:
+    """Raise RecipeError on an option that the algorithm does not have, or a value that it cannot take."""
+    _refuse_wrong_types(ALGORITHMS[algorithm].options, options, f"options of {algorithm}")
+    _options(algorithm, options)
+
+
+def _options(algorithm: str, options: dict) -> object:
+    made = make_options(algorithm, options)
+    getattr(made, "range_search", None)  # a property: making the search checks its values
+    return made
+
+
+_TYPES = {"str": (str, "a text"), "bool": (bool, "true or false"), "int": (int, "a whole number"), "float": ((int, float), "a number"), "dict": (dict, "a table")}
+
+
+def _refuse_wrong_types(cls: type, data: dict, where: str) -> None:
+    """Raise RecipeError when a value is not of the type that the dataclass declares for it."""
+    for declared in fields(cls):
+        if declared.name not in data or declared.type not in _TYPES:
+            continue
+        value, (kind, expected) = data[declared.name], _TYPES[declared.type]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise RecipeError(f"{where}: {declared.name} is {value!r}; expected {expected}.")
 
 
 def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) -> tuple[Recipe, list[str]]:
@@ -190,11 +246,17 @@ def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) 
         notes.append(f"Group size not given: {scheme.name} (the largest of {', '.join(map(str, AUTO_GROUPS))} that divides every layer)." if fitting else f"No group size divides every layer: {scheme.name}.")
     if scheme.format == INT and not draft.scale_given:
         scheme = replace(scheme, scale_dtype="float16" if recipe.target == "gguf" else model_dtype)
-    rules = tuple(
-        replace(rule, scheme=replace(rule.scheme, scale_dtype=scheme.scale_dtype)) if rule.scheme is not None and rule.scheme.format == INT else rule
-        for rule in recipe.rules
-    )
+    given = draft.rule_groups_given or (True,) * len(recipe.rules)
+    rules = tuple(_settle_rule(rule, scheme, own_group) for rule, own_group in zip(recipe.rules, given, strict=True))
     return replace(recipe, scheme=scheme, rules=rules), notes
+
+
+def _settle_rule(rule: Rule, scheme: Scheme, group_given: bool) -> Rule:
+    """A rule of integers with the recipe's dtype of scales, and its groups where the rule names none."""
+    if rule.scheme is None or rule.scheme.format != INT:
+        return rule
+    block = rule.scheme.block if group_given or scheme.format != INT else scheme.block
+    return replace(rule, scheme=replace(rule.scheme, scale_dtype=scheme.scale_dtype, block=block))
 
 
 def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[str, tuple[int, int]]) -> dict[str, LayerPlan]:
@@ -236,9 +298,6 @@ def _plan(scheme: Scheme, algorithm: str, options: dict, name: str, shape: tuple
             notes = (f"{scheme.format} cannot hold rows of {shape[1]}: {other} was used, as llama-quantize does",)
             scheme = Scheme(format=other, bits=scheme.bits)
     check_format(algorithm, scheme)
-    try:
-        numerics.check_shape(scheme, shape, name=name.removesuffix(".weight"))
-        TARGETS[target_name].check(scheme, shape, name.removesuffix(".weight"))
-    except ShapeError as error:
-        raise ShapeError(f"{error} For one layer, a rule in a recipe file can do it.") from error
-    return LayerPlan(scheme, algorithm, make_options(algorithm, options), notes)
+    TARGETS[target_name].check(scheme, shape, name.removesuffix(".weight"))
+    numerics.check_shape(scheme, shape, name=name.removesuffix(".weight"))
+    return LayerPlan(scheme, algorithm, _options(algorithm, options), notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -97,6 +98,14 @@ def human(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 8GB (powers of 1000), 24GiB (powers of 1024) or a plain number of bytes."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if not match or (match[3] and not match[2]):
+        raise ResourceError(f"the size {text!r} is not understood; expected something like 8GB, 24GiB or 500MB.")
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -76,9 +76,7 @@ class Streamer:
                 owner, _, leaf = name.rpartition(".")
                 setattr(skeleton.model.get_submodule(owner), leaf, chunked)
             elif name == skeleton.text_name or name.startswith(skeleton.text_name + ".") or not skeleton.text_name:
-                loaded = sk.load_module(skeleton, name, self.dtype, self.device)
-                owner, _, leaf = name.rpartition(".")
-                setattr(skeleton.model.get_submodule(owner), leaf, loaded)
+                sk.fill(skeleton, name, module, self.dtype, self.device)
 
     def _return_type(self) -> Callable[[Tensor], object]:
         """Whether blocks return a tensor or a tuple, learnt by running the first one on a few tokens."""

@@ -13,6 +13,7 @@ from .words import percent, significant, size
 
 CHARACTER = 6.9  # width of an average character of a label, in the drawing's units (12 px type)
 LINE = 15
+NEAR = 20  # a label farther away than this gets a line to its point
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def pareto(points: Iterable[Point]) -> list[Point]:
 
 def frontier(points: list[Point], original: Point, *, width: int, height: int, class_: str) -> Html:
     """Size against loss (log), the frontier as steps, intervals as bars. original: drawn at its noise floor; kl 0 puts it on the bottom line."""
-    area = Box(54, 12, width - 14, height - 44)
+    area = Box(50, 28, width - 14, height - 44)
     values = [v for p in [*points, original] for v in (p.kl, p.low, p.high) if math.isfinite(v) and v > 0]
     low, high = _log_range(values)
     x_low, x_high = _padded([p.size_bytes for p in [*points, original]])
@@ -64,11 +65,15 @@ def frontier(points: list[Point], original: Point, *, width: int, height: int, c
         return log_y(math.log(min(high, max(low, kl))))
 
     best = pareto(points)
-    labels = _place_labels([*points, original], x, y, area, int((area.right - area.left) * 0.72 / CHARACTER))
+    has_floor = original.kl > 0
+    lines = [Box(area.left, y(v) - 1, area.right, y(v) + 1) for v in [*_log_ticks(low, high), *([original.kl] if has_floor else [])]]
+    taken = [Box(area.left, y(original.kl) - LINE, area.left + 11 * CHARACTER, y(original.kl))] if has_floor else []
+    labels = _place_labels([*points, original], x, y, area, taken, lines)
     return svg(
         width, height, _frontier_title(best),
         _log_axis(low, high, y, area), _size_axis(x_low, x_high, x, area),
-        tag("line", x1=f"{area.left:g}", x2=f"{area.right:g}", y1=f"{y(original.kl):.1f}", y2=f"{y(original.kl):.1f}", class_="floor") if original.kl > 0 else None,
+        [tag("path", d=f"M{area.left:g} {y(original.kl):.1f}H{area.right:g}", class_="floor"),
+         tag("text", "noise floor", x=f"{area.left + 4:g}", y=f"{y(original.kl) - 5:.1f}", class_="tick")] if has_floor else None,
         tag("path", d=_steps([(x(p.size_bytes), y(p.kl)) for p in best]), class_="frontier"),
         [_interval_bar(p, x, y) for p in points],
         _diamond(original, x(original.size_bytes), y(original.kl)),
@@ -85,7 +90,7 @@ def _frontier_title(best: list[Point]) -> str:
 
 def _log_range(values: list[float]) -> tuple[float, float]:
     """At least one decade, with air around the values."""
-    low, high = (min(values) / 1.8, max(values) * 1.8) if values else (0.01, 1.0)
+    low, high = (min(values) / 2, max(values) * 2.5) if values else (0.01, 1.0)
     middle = math.sqrt(low * high)
     return min(low, middle / 3.2), max(high, middle * 3.2)
 
@@ -93,7 +98,7 @@ def _log_range(values: list[float]) -> tuple[float, float]:
 def _padded(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     air = 0.07 * (high - low) or 0.3 * high or 1.0
-    return max(0.0, low - air), high + air
+    return max(0.0, low - 2 * air), high + air
 
 
 def _linear(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
@@ -108,14 +113,18 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _log_axis(low: float, high: float, y: Callable[[float], float], area: Box) -> list[Html]:
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, with 2 and 5 between them where there are few."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = (1,) if math.log10(high / low) > 2.2 else (1, 2, 5)
-    found = [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
+    return [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
+
+
+def _log_axis(low: float, high: float, y: Callable[[float], float], area: Box) -> list[Html]:
+    found = _log_ticks(low, high)
     lines = [tag("path", d="".join(f"M{area.left:g} {y(v):.1f}H{area.right:g}" for v in found), class_="grid")]
     names = [tag("text", significant(v, 1), x=f"{area.left - 7:g}", y=f"{y(v) + 4:.1f}", class_="tick end") for v in found]
-    middle = (area.top + area.bottom) / 2
-    return [*lines, *names, tag("text", "mean KL divergence, nats", transform=f"translate(12 {middle:g})rotate(-90)", class_="axis mid")]
+    return [*lines, *names, tag("text", "mean KL divergence, nats", x="2", y="12", class_="axis")]
 
 
 def _size_axis(low: float, high: float, x: Callable[[float], float], area: Box) -> list[Html]:
@@ -151,19 +160,22 @@ def _detail(point: Point) -> str:
     return f"{point.label}: {size(point.size_bytes)}, mean KL {significant(point.kl)}{interval}"
 
 
-def _place_labels(points: list[Point], x: Callable, y: Callable, area: Box, longest: int) -> list[Html]:
-    """A label beside each point, moved off other labels, points and interval bars; a line leads to one that had to go far."""
+def _place_labels(points: list[Point], x: Callable, y: Callable, area: Box, taken: list[Box], lines: list[Box]) -> list[Html | None]:
+    """A label beside each point, moved off other labels, points, interval bars and what else is taken; it crosses a line only where it must."""
+    longest = int((area.right - area.left) * 0.72 / CHARACTER)
     places = [(x(p.size_bytes), y(p.kl)) for p in points]
     texts = [p.label if len(p.label) <= longest else f"{p.label[: longest - 1]}…" for p in points]
-    obstacles = [Box(a - 6, b - 6, a + 6, b + 6) for a, b in places]
+    obstacles = taken + [Box(a - 6, b - 6, a + 6, b + 6) for a, b in places]
     obstacles += [Box(x(p.size_bytes) - 4, y(p.high) - 1, x(p.size_bytes) + 4, y(p.low) + 1) for p in points if math.isfinite(p.low) and math.isfinite(p.high)]
-    lines = _segments([(x(p.size_bytes), y(p.kl)) for p in pareto(points[:-1])])
-    chosen: list[tuple[float, Box] | None] = [None] * len(points)
-    for _ in range(2):  # the second round knows where all others are
+    steps = _segments([(x(p.size_bytes), y(p.kl)) for p in pareto(points[:-1])])
+    chosen: dict[int, tuple[float, Box]] = {}
+    for _ in range(3):  # later rounds know where all others are
         for i, (place, text) in enumerate(zip(places, texts, strict=True)):
-            others = [found[1] for k, found in enumerate(chosen) if found and k != i]
-            chosen[i] = min(_candidates(place, len(text) * CHARACTER), key=lambda c: _cost(c, obstacles, others, lines, area))  # noqa: B023
-    return [_label(text, place, found) for text, place, found in zip(texts, places, chosen, strict=True)]
+            others = [box for k, (_, box) in chosen.items() if k != i]
+            rivals = [p for p in places if p != place]
+            costs = ((_cost(place, c, obstacles, others, lines, steps, area) + _mistaken(place, rivals, c), k, c) for k, c in enumerate(_candidates(place, len(text) * CHARACTER)))
+            chosen[i] = min(costs)[2]
+    return [part for i, text in enumerate(texts) for part in _label(text, places[i], chosen[i])]
 
 
 def _segments(places: list[tuple[float, float]]) -> list[Box]:
@@ -175,27 +187,57 @@ def _segments(places: list[tuple[float, float]]) -> list[Box]:
 
 
 def _candidates(place: tuple[float, float], width: float) -> list[tuple[float, Box]]:
-    """(distance, box) around a point: beside it, above and below, ever farther."""
+    """(distance, box) around a point: to the right, to the left, centred above and below, ever farther."""
     a, b = place
     made = []
-    for far in (10, 16, 26, 38, 52, 68, 86, 106):
-        for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (0.7, -0.7), (0.7, 0.7), (-0.7, -0.7), (-0.7, 0.7)):
-            left = a + dx * far - (width if dx < 0 else width / 2 if dx == 0 else 0)
-            top = b + dy * far - (LINE if dy < 0 else LINE / 2 if dy == 0 else 0)
-            made.append((far, Box(left, top, left + width, top + LINE)))
+    for dy in (0, *(sign * step for step in range(8, 136, 8) for sign in (-1, 1))):
+        top = b + dy - LINE / 2
+        for dx in (10, 36):
+            far = math.hypot(dx, dy)
+            made += [(far, Box(a + dx, top, a + dx + width, top + LINE)), (far + 1, Box(a - dx - width, top, a - dx, top + LINE))]
+        if abs(dy) >= LINE:
+            made.append((abs(dy), Box(a - width / 2, top, a + width / 2, top + LINE)))
     return made
 
 
-def _cost(candidate: tuple[float, Box], obstacles: list[Box], labels: list[Box], lines: list[Box], area: Box) -> float:
+def _cost(place: tuple[float, float], candidate: tuple[float, Box], obstacles: list[Box], labels: list[Box], lines: list[Box], steps: list[Box], area: Box) -> float:
+    """How bad a place for a label is: out of the plot, then on other labels, on points, through other labels on its way, on lines, far away."""
     far, box = candidate
     outside = (box.right - box.left) * LINE - box.overlap(area)
-    return far + 50 * outside + 20 * sum(map(box.overlap, labels)) + 10 * sum(map(box.overlap, obstacles)) + 0.5 * sum(map(box.overlap, lines))
+    covered = 20 * sum(map(box.overlap, labels)) + 10 * sum(map(box.overlap, obstacles))
+    return far + 50 * outside + covered + 0.3 * sum(map(box.overlap, lines)) + 1.5 * sum(map(box.overlap, steps)) + _crossed(place, candidate, labels)
+
+
+def _mistaken(place: tuple[float, float], rivals: list[tuple[float, float]], candidate: tuple[float, Box]) -> float:
+    """What it costs to stand nearer to another point than to one's own, or to reach one's own through another."""
+    far, box = candidate
+    own = math.dist(place, _nearest(place, box))
+    cost = sum(40.0 for rival in rivals if math.dist(rival, _nearest(rival, box)) < own)
+    return cost + (40.0 * sum(math.dist(sample, rival) < 5 for sample in _leader(place, box) for rival in rivals) if far > NEAR else 0.0)
+
+
+def _crossed(place: tuple[float, float], candidate: tuple[float, Box], labels: list[Box]) -> float:
+    """What a leader costs that runs through other labels, sampled along it."""
+    far, box = candidate
+    if far <= NEAR:
+        return 0.0
+    return sum(50.0 for x, y in _leader(place, box) for label in labels if label.left < x < label.right and label.top < y < label.bottom)
+
+
+def _leader(place: tuple[float, float], box: Box) -> list[tuple[float, float]]:
+    """Points along the line from a point to its label."""
+    (a, b), (c, d) = place, _nearest(place, box)
+    return [(a + (c - a) * t / 8, b + (d - b) * t / 8) for t in range(9)]
+
+
+def _nearest(place: tuple[float, float], box: Box) -> tuple[float, float]:
+    return min(max(place[0], box.left), box.right), min(max(place[1], box.top + 2), box.bottom - 2)
 
 
 def _label(text: str, place: tuple[float, float], found: tuple[float, Box]) -> list[Html | None]:
     (a, b), (far, box) = place, found
-    near = (min(max(a, box.left), box.right), min(max(b, box.top + 2), box.bottom - 2))
-    leader = tag("path", d=f"M{a:.1f} {b:.1f}L{near[0]:.1f} {near[1]:.1f}", class_="leader") if far > 20 else None
+    near = _nearest(place, box)
+    leader = tag("path", d=f"M{a:.1f} {b:.1f}L{near[0]:.1f} {near[1]:.1f}", class_="leader") if far > NEAR else None
     anchor, at = ("", box.left) if box.left >= a else ("end", box.right) if box.right <= a else ("mid", (box.left + box.right) / 2)
     return [leader, tag("text", text, x=f"{at:.1f}", y=f"{box.bottom - 3.5:.1f}", class_=f"label {anchor}".strip())]
 
@@ -206,14 +248,15 @@ def layer_bars(title: str, bars: list[Bar], top: float) -> Html:
     y = _linear(0, top, area.bottom, area.top)
     pitch = (area.right - area.left) / max(1, len(bars))
     thick = min(22.0, 0.7 * pitch)
+    reach = min(4.0, 0.12 * pitch)
     left = [area.left + pitch * i + (pitch - thick) / 2 for i in range(len(bars))]
     scale = ticks(0, top, 3)
-    rounded = "".join(f"M{x - 0.12 * pitch:.1f} {y(min(top, bar.plain)):.1f}h{thick + 0.24 * pitch:.1f}" for x, bar in zip(left, bars, strict=True) if bar.plain is not None)
+    rounded = "".join(f"M{x - reach:.1f} {y(min(top, bar.plain)):.1f}h{thick + 2 * reach:.1f}" for x, bar in zip(left, bars, strict=True) if bar.plain is not None)
     return svg(
         width, height, title,
         tag("path", d="".join(f"M{area.left:g} {y(v):.1f}H{area.right:g}" for v in scale), class_="grid"),
-        [tag("text", percent(v) if v else "0", x=f"{area.left - 5:g}", y=f"{y(v) + 3.5:.1f}", class_="tick end") for v in scale],
-        [tag("rect", tag("title", bar_words(bar)), x=f"{x:.1f}", y=f"{y(_height(bar, top)):.1f}", width=f"{thick:.1f}", height=f"{area.bottom - y(_height(bar, top)):.1f}") for x, bar in zip(left, bars, strict=True)],
+        [tag("text", f"{100 * v:g}%" if v else "0", x=f"{area.left - 5:g}", y=f"{y(v) + 3.5:.1f}", class_="tick end") for v in scale],
+        [_bar(bar, x, thick, y(min(top, bar.error or 0.0)), area.bottom) for x, bar in zip(left, bars, strict=True)],
         tag("path", d=rounded, class_="plain") if rounded else None,
         tag("path", d=f"M{area.left:g} {area.bottom:g}H{area.right:g}", class_="base"),
         [tag("text", str(bars[i].block), x=f"{left[i] + thick / 2:.1f}", y=f"{height - 5:g}", class_="tick mid") for i in _some(len(bars))],
@@ -221,8 +264,8 @@ def layer_bars(title: str, bars: list[Bar], top: float) -> Html:
     )  # fmt: skip
 
 
-def _height(bar: Bar, top: float) -> float:
-    return min(top, bar.error or 0.0)
+def _bar(bar: Bar, x: float, width: float, top: float, base: float) -> Html:
+    return tag("rect", tag("title", bar_words(bar)), x=f"{x:.1f}", y=f"{top:.1f}", width=f"{width:.1f}", height=f"{base - top:.1f}")
 
 
 def bar_words(bar: Bar) -> str:
@@ -250,6 +293,6 @@ def histogram(title: str, counts: list[int], reach: str, class_: str) -> Html:
         width, height, title,
         tag("path", d=f"M4 {base}{''.join(tops)}V{base}z", class_="mass"),
         tag("path", d=f"M4 {base}H{width - 4}M{width / 2:g} {base}v3", class_="base"),
-        tag("text", f"-{reach}", x="4", y=f"{height - 4}", class_="tick"), tag("text", "0", x=f"{width / 2:g}", y=f"{height - 4}", class_="tick mid"), tag("text", reach, x=f"{width - 4}", y=f"{height - 4}", class_="tick end"),
+        [tag("text", text, x=f"{x:g}", y="80", class_=f"tick {anchor}".strip()) for text, x, anchor in ((f"-{reach}", 4, ""), ("0", width / 2, "mid"), (reach, width - 4, "end"))],
         class_=f"chart histogram {class_}",
     )  # fmt: skip

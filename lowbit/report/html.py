@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 
 from .. import __version__
 from ..evaluation.summary import Estimate, Summary
 from ..pipeline.evaluate import Comparison, Row
 from . import charts, words
-from .markup import Html, join, tag
+from .glossary import entries
+from .markup import Html, join, scroll, tag
 from .model import model_section
 from .words import DASH, HEAD, agreement, count, interval, percent, significant, size
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser itself keeps the file from asking the network for anything
 LATENCY_NAMES = {
-    "prefill_tokens_per_s": "Prefill, tokens/s",
-    "decode_tokens_per_s": "Decode, tokens/s",
-    "peak_memory_bytes": "Peak memory",
+    "prefill_tokens_per_s": ("Prefill", "tokens/s"),
+    "decode_tokens_per_s": ("Decode", "tokens/s"),
+    "peak_memory_bytes": ("Peak memory", "RssAnon"),
+    "peak_rss_bytes": ("Peak memory", "with mapped files"),
+    "prefill_ms_per_token_p50": ("Prefill, p50", "ms/token"),
+    "prefill_ms_per_token_p95": ("Prefill, p95", "ms/token"),
+    "decode_ms_per_token_p50": ("Decode, p50", "ms/token"),
+    "decode_ms_per_token_p95": ("Decode, p95", "ms/token"),
+    "load_s": ("Loading", "s"),
+    "weights_bytes": ("Weights in memory", None),
 }
+SETTINGS = {"dtype": "computed in", "threads": "threads:", "prefill": "prompt tokens:", "decode": "generated tokens:", "repeats": "repeats:"}
 
 
 def render(
@@ -82,11 +92,15 @@ def _facts(original: Row, best: Row) -> Html:
     before, after = original.summaries[HEAD], best.summaries[HEAD]
     facts = [
         ("File", percent(best.size.file_bytes / original.size.file_bytes), f"{size(best.size.file_bytes)} of {size(original.size.file_bytes)}"),
-        ("Same first choice", agreement(after.agreement.value), interval(after.agreement, agreement)),
-        ("Mean KL divergence", significant(after.kl_mean.value), interval(after.kl_mean, significant)),
+        _fact("Same first choice", after.agreement, agreement),
+        _fact("Mean KL divergence", after.kl_mean, significant),
         ("Perplexity", significant(after.perplexity.value, 4), f"original {significant(before.perplexity.value, 4)}"),
     ]
     return tag("dl", [tag("div", tag("dt", name), tag("dd", value, tag("small", detail))) for name, value, detail in facts], class_="facts")
+
+
+def _fact(name: str, estimate: Estimate | None, show: Callable[[float], str]) -> tuple[str, str, str]:
+    return (name, DASH, DASH) if estimate is None else (name, show(estimate.value), interval(estimate, show))
 
 
 def _table(comparison: Comparison, best: Row | None) -> Html:
@@ -106,18 +120,13 @@ def _table(comparison: Comparison, best: Row | None) -> Html:
             "Small print: the 95% confidence interval. KL and first choices are against the original, over full windows.",
             class_="say",
         ),
-        _scroll("The table of all models", tag("table", _head(heads), tag("tbody", rows))),
+        scroll("The table of all models", tag("table", _head(heads), tag("tbody", rows))),
         _other_convention(comparison),
     )
 
 
 def _head(heads: list[tuple[str, str | None]]) -> Html:
     return tag("thead", tag("tr", [tag("th", name, tag("small", detail) if detail else None, scope="col") for name, detail in heads]))
-
-
-def _scroll(label: str, *children: Html) -> Html:
-    """A wide thing in its own container, which can be scrolled by keyboard."""
-    return tag("div", *children, class_="scroll", role="region", tabindex="0", aria_label=label)
 
 
 def _row(row: Row, is_original: bool, is_best: bool) -> Html:
@@ -138,10 +147,11 @@ def _four(value: float) -> str:
 
 
 def _divergence(summary: Summary) -> list[Html]:
-    return [*(_estimate(e, significant) for e in (summary.kl_mean, summary.kl_median, summary.kl_p99)), _estimate(summary.agreement, agreement)]
+    share = partial(agreement, like=None if summary.agreement is None else summary.agreement.value)
+    return [*(_estimate(e, significant) for e in (summary.kl_mean, summary.kl_median, summary.kl_p99)), _estimate(summary.agreement, share)]
 
 
-def _estimate(estimate: Estimate | None, show) -> Html:
+def _estimate(estimate: Estimate | None, show: Callable[[float], str]) -> Html:
     if estimate is None:
         return tag("td", DASH)
     if math.isnan(estimate.value):
@@ -159,7 +169,8 @@ def _other_convention(comparison: Comparison) -> Html | None:
     heads = [("Model", None), ("KL, mean", "nats"), ("KL, median", "nats"), ("KL, p99", "nats"), ("Same first choice", "top-1"), ("Tokens", "scored")]
     body = [tag("tr", tag("th", name, scope="row"), _divergence(summary), tag("td", f"{summary.tokens:,}")) for name, summary in rows]
     table = tag("table", _head(heads), tag("tbody", body))
-    return tag("details", tag("summary", "KL and first choices over the second halves of the windows, as llama-perplexity scores"), _scroll("KL over the second halves", table), class_="fold")
+    summary = tag("summary", "KL and first choices over the second halves of the windows, as llama-perplexity scores")
+    return tag("details", summary, scroll("KL over the second halves", table), class_="fold")
 
 
 def _frontier(comparison: Comparison) -> Html | None:
@@ -172,20 +183,20 @@ def _frontier(comparison: Comparison) -> Html | None:
             points.append(charts.Point(row.name, row.size.file_bytes, kl.value, kl.low, kl.high))
     if not points:
         return None
-    floor = comparison.noise_floor and comparison.noise_floor[HEAD].kl_mean
-    has_floor = floor is not None and math.isfinite(floor.value) and floor.value > 0
-    original = charts.Point(comparison.rows[0].name, comparison.rows[0].size.file_bytes, floor.value if has_floor else 0.0)
+    floor = None if comparison.noise_floor is None else comparison.noise_floor[HEAD].kl_mean
+    height = floor.value if floor is not None and math.isfinite(floor.value) else 0.0
+    original = charts.Point(comparison.rows[0].name, comparison.rows[0].size.file_bytes, height)
     return tag(
         "section",
         tag("h2", "Size against loss"),
         tag(
             "p",
             "Down and left is better. The steps join the models that no other beats in both size and loss. The original stands ",
-            "at its noise floor: what its own number format loses against float32." if has_floor else "on the bottom line: it loses nothing against itself.",
+            "at its noise floor: what its own number format loses against float32." if height > 0 else "on the bottom line: it loses nothing against itself.",
             class_="say",
         ),
         charts.frontier(points, original, width=920, height=440, class_="wide"),
-        charts.frontier(points, original, width=360, height=400, class_="narrow"),
+        charts.frontier(points, original, width=360, height=440, class_="narrow"),
         _frontier_legend(points),
         tag("p", f"Not drawn, because the loss is not a number: {', '.join(left_out)}.", class_="small") if left_out else None,
     )
@@ -204,15 +215,17 @@ def _frontier_legend(points: list[charts.Point]) -> Html:
 def _speed(latencies: dict[str, dict] | None) -> Html | None:
     if not latencies:
         return None
-    known = [key for key in LATENCY_NAMES if any(key in found for found in latencies.values())]
-    keys = known + sorted({key for found in latencies.values() for key in found} - set(known))
-    heads = [("Model", None), *((LATENCY_NAMES.get(key, key.replace("_", " ")), None) for key in keys)]
-    body = [tag("tr", tag("th", name, scope="row"), [tag("td", _measurement(key, found.get(key))) for key in keys]) for name, found in latencies.items()]
+    keys = list(dict.fromkeys(key for found in latencies.values() for key in found))
+    settings = [key for key in SETTINGS if len({str(found.get(key)) for found in latencies.values()}) == 1 and key in keys]
+    said = ", ".join(f"{SETTINGS[key]} {next(iter(latencies.values()))[key]}" for key in settings)
+    shown = sorted((key for key in keys if key not in settings), key=lambda key: (list(LATENCY_NAMES) + keys).index(key))
+    heads = [("Model", None), *(LATENCY_NAMES.get(key, (key.replace("_", " "), None)) for key in shown)]
+    body = [tag("tr", tag("th", name, scope="row"), [tag("td", _measurement(key, found.get(key))) for key in shown]) for name, found in latencies.items()]
     return tag(
         "section",
         tag("h2", "Speed and memory"),
-        tag("p", "Measured on the machine that made this report, each model in a fresh process.", class_="say"),
-        _scroll("Speed and memory", tag("table", _head(heads), tag("tbody", body))),
+        tag("p", f"Measured on the machine that made this report, each model in a fresh process{f'; {said}' if said else ''}.", class_="say"),
+        scroll("Speed and memory", tag("table", _head(heads), tag("tbody", body))),
     )
 
 
@@ -252,17 +265,7 @@ def _sentences(sentences: dict[str, str] | None) -> Html | None:
 
 
 def _glossary() -> Html:
-    verdicts = "; ".join(f"from {percent(least)} of first choices kept, {text}" for least, text in words.VERDICTS if least)
-    entries = [
-        ("File, bits per weight", "The bytes of all files that hold weights. Bits per weight are the bytes of all tensors times 8 over all parameters, tied ones counted once. An embedding that was not quantized weighs in here, so the bits of the linear layers stand beside it."),
-        ("Perplexity", "How surprised the model is by the text: 17 means as unsure as between 17 equally likely tokens. Lower is better. The papers of GPTQ and AWQ score full windows; llama-perplexity scores the second half of each, where there is more context. Compare only numbers of one convention, on the same text and window length."),
-        ("KL divergence", "How far the probabilities for the next token moved away from the original’s, in nats; 0 is no change. It sees every change, also those that leave the perplexity alone, so it is the best single number of what was lost. The median is the usual token, p99 the worst of a hundred."),
-        ("Same first choice", "How often the model and the original rank the same token first, which is what greedy decoding takes. In the headline: " + verdicts + "; below that, a model that is broken or nearly so. A loss below the noise floor is no loss."),
-        ("95% confidence interval", "From resampling the windows of text (bootstrap). It says how much a number may move with other text of this kind. Two models whose intervals overlap need not be equal: both saw the same text. A dash: one window alone gives no interval."),
-        ("Noise floor", "The original computed in its own number format against itself in float32. A loss of this size is rounding in the arithmetic, not quantization."),
-        ("Relative error of a layer", "The length of the change over the length of the original: of what the matrix puts out for the calibration text (output), or of its weights. Plain rounding is the same number format without a clever algorithm."),
-    ]  # fmt: skip
-    return tag("section", tag("h2", "How to read the numbers"), tag("dl", [[tag("dt", name), tag("dd", text)] for name, text in entries], class_="glossary"))
+    return tag("section", tag("h2", "How to read the numbers"), tag("dl", [[tag("dt", name), tag("dd", text)] for name, text in entries()], class_="glossary"))
 
 
 def _footer(comparison: Comparison) -> Html:

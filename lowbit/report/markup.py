@@ -15,7 +15,7 @@ class Html(str):
 Child = str | None | Iterable["Child"]
 
 
-def tag(name: str, *children: Child, **attributes: object) -> Html:
+def tag(name: str, /, *children: Child, **attributes: object) -> Html:
     """<name attributes>children</name>. class_ is class, aria_label is aria-label; None leaves an attribute out, True writes it bare."""
     head = "".join(_attribute(key, value) for key, value in attributes.items() if value is not None)
     if name in VOID:
@@ -42,3 +42,8 @@ def join(*children: Child) -> Html:
 def svg(width: float, height: float, title: str, *children: Child, class_: str) -> Html:
     """A drawing that scales with its container and says what it shows."""
     return tag("svg", tag("title", title), *children, viewBox=f"0 0 {width:g} {height:g}", role="img", class_=class_)
+
+
+def scroll(label: str, *children: Child) -> Html:
+    """A wide thing in its own container, which can be scrolled by keyboard."""
+    return tag("div", *children, class_="scroll", role="region", tabindex="0", aria_label=label)

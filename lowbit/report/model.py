@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..pipeline.evaluate import Row
 from ..scheme import Scheme
 from . import charts, records
-from .markup import Html, join, tag
+from .markup import Html, join, scroll, tag
 from .words import DASH, count, percent, significant
 
 MANY_NOTES = 4
@@ -74,7 +74,7 @@ def _matrix(panels: list[records.Panel], compared: bool) -> Html:
     blocks = sorted({block for bars in by_kind for block in bars})
     head = tag("tr", tag("th", "Block", scope="col"), [tag("th", panel.kind, scope="col") for panel in panels])
     body = [tag("tr", tag("th", str(block), scope="row"), [_cell(bars.get(block)) for bars in by_kind]) for block in blocks]
-    region = tag("div", tag("table", tag("thead", head), tag("tbody", body), class_="matrix"), class_="scroll", role="region", tabindex="0", aria_label="Relative error of every layer")
+    region = scroll("Relative error of every layer", tag("table", tag("thead", head), tag("tbody", body), class_="matrix"))
     return tag("details", tag("summary", "The same in numbers" + (": as quantized, then plain rounding" if compared else "")), region, class_="fold")
 
 
@@ -105,10 +105,15 @@ def _histograms(layers: list[records.Layer]) -> Html | None:
         )
     return join(
         tag("h3", "Weights and errors"),
-        tag("p", "How many weights of each kind have which value, and how many are wrong by how much; added up over all blocks. σ is the standard deviation of a matrix’s weights; mind that errors are drawn four times wider.", class_="say"),
+        tag(
+            "p",
+            "How many weights of each kind have which value, and how many are wrong by how much, added up over all blocks. "
+            "σ is the standard deviation of a matrix’s weights; errors are drawn four times wider.",
+            class_="say",
+        ),
         tag("p", tag("span", tag("span", class_="key"), "weights"), tag("span", tag("span", class_="key errors"), "errors"), class_="legend"),
         tag("div", figures, class_="panels"),
-    )  # fmt: skip
+    )
 
 
 def _experts(layers: list[records.Layer]) -> Html | None:
@@ -128,7 +133,7 @@ def _experts(layers: list[records.Layer]) -> Html | None:
             + (" (marked); the notes below say what was done with them." if scarce else "."),
             class_="say",
         ),
-        tag("div", tag("table", tag("thead", head), tag("tbody", body), class_="matrix"), class_="scroll", role="region", tabindex="0", aria_label="Tokens per expert"),
+        scroll("Tokens per expert", tag("table", tag("thead", head), tag("tbody", body), class_="matrix")),
     )
 
 
@@ -144,7 +149,7 @@ def _provenance(provenance: dict, layers: list[records.Layer]) -> Html:
         _list(_recipe(provenance.get("recipe") or {})),
         tag("h3", "Provenance"),
         _list(_origin(provenance, layers)),
-        tag("h3", "What deviated from the recipe"),
+        tag("h3", "Notes and fallbacks"),
         _notes(provenance.get("notes") or [], records.notes(layers)),
     )
 
@@ -216,15 +221,18 @@ def _origin(provenance: dict, layers: list[records.Layer]) -> list[tuple[str, st
 
 
 def _schemes(layers: list[records.Layer]) -> str:
-    """210 int4-sym-g64 by gptq (4.25 bits); 1 q8_0 by rtn (8.5 bits): embed_tokens."""
-    groups: dict[tuple, list[records.Layer]] = {}
+    """210 int4-sym-g64 by gptq (4.25 bits); 1 q8_0 by rtn (8.50 bits), of which embed_tokens."""
+    groups: dict[tuple[str, str], list[records.Layer]] = {}
     for layer in layers:
-        groups.setdefault((layer.record["scheme"], layer.record["algorithm"], layer.record["bits_per_weight"]), []).append(layer)
-    parts = []
-    for (scheme, algorithm, bits), members in groups.items():
-        outside = [layer.kind for layer in members if layer.block is None]
-        parts.append(f"{len(members):,} {scheme} by {algorithm} ({significant(bits)} bits)" + (f", of which {', '.join(outside)}" if outside else ""))
-    return "; ".join(parts)
+        groups.setdefault((layer.record["scheme"], layer.record["algorithm"]), []).append(layer)
+    return "; ".join(_scheme_words(scheme, algorithm, members) for (scheme, algorithm), members in groups.items())
+
+
+def _scheme_words(scheme: str, algorithm: str, members: list[records.Layer]) -> str:
+    bits = [layer.record["bits_per_weight"] for layer in members]
+    span = "–".join(dict.fromkeys((significant(min(bits)), significant(max(bits)))))
+    outside = [layer.kind for layer in members if layer.block is None]
+    return f"{len(members):,} {scheme} by {algorithm} ({span} bits)" + (f", of which {', '.join(outside)}" if outside else "")
 
 
 def _notes(general: list[str], found: list[tuple[str, str]]) -> Html:

@@ -71,6 +71,12 @@ def _place(name: str) -> tuple[tuple[str, ...], int | None, int | None]:
     return tuple(part for part in rest if not part.isdecimal()), int(parts[first]), expert
 
 
+def _number(place: int | None) -> int:
+    """The number of a block or expert, where there is one by construction."""
+    assert place is not None
+    return place
+
+
 def _shortened(kinds: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """The shortest endings that tell the kinds apart: q_proj, but attn.c_proj and mlp.c_proj."""
 
@@ -90,7 +96,7 @@ def panels(layers: list[Layer]) -> list[Panel]:
         measure = "output" if any("output_error" in layer.record for layer in members) else "weight"
         blocks: dict[int, list[Layer]] = {}
         for layer in members:
-            blocks.setdefault(layer.block, []).append(layer)
+            blocks.setdefault(_number(layer.block), []).append(layer)
         bars = [_bar(block, blocks[block], measure) for block in sorted(blocks)]
         made.append(Panel(kind, measure, bars, *_errors(members, measure)))
     return made
@@ -161,7 +167,7 @@ def where(layers: list[Layer]) -> str:
     words = []
     for layer in layers:
         if layer.expert is not None:
-            experts.setdefault(layer.block, []).append(layer.expert)
+            experts.setdefault(_number(layer.block), []).append(layer.expert)
         elif layer.block is not None:
             dense.setdefault(layer.kind, []).append(layer.block)
         else:
@@ -179,6 +185,7 @@ def expert_tokens(layers: list[Layer]) -> dict[int, dict[int, tuple[int, bool]]]
     table: dict[int, dict[int, tuple[int, bool]]] = {}
     for layer in experts:
         seen = layer.record.get("tokens", 0)
-        before, scarce = table.setdefault(layer.block, {}).get(layer.expert, (seen, False))
-        table[layer.block][layer.expert] = (min(seen, before), scarce or seen < layer.record["shape"][1])
+        row, expert = table.setdefault(_number(layer.block), {}), _number(layer.expert)
+        before, scarce = row.get(expert, (seen, False))
+        row[expert] = (min(seen, before), scarce or seen < layer.record["shape"][1])
     return table

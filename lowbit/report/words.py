@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..evaluation.summary import Estimate
 from ..pipeline.evaluate import Comparison, Row
@@ -48,16 +49,16 @@ def percent(share: float, digits: int = 2) -> str:
     return DASH if math.isnan(share) else f"{significant(100 * share, digits)}%"
 
 
-def agreement(share: float) -> str:
-    """A share near 1: 82.1%, 99.96%."""
-    return DASH if math.isnan(share) else f"{100 * share:.{2 if share >= 0.99 else 1}f}%"
+def agreement(share: float, like: float | None = None) -> str:
+    """A share near 1: 82.1%, 99.96%; with the decimals of another share."""
+    return DASH if math.isnan(share) else f"{100 * share:.{2 if (share if like is None else like) >= 0.99 else 1}f}%"
 
 
-def interval(estimate: Estimate, show) -> str:
-    """low to high, or a dash where a single window leaves no interval."""
+def interval(estimate: Estimate, show: Callable[[float], str]) -> str:
+    """low–high, or a dash where a single window leaves no interval."""
     if math.isnan(estimate.low) or math.isnan(estimate.high):
         return DASH
-    return f"{show(estimate.low)} to {show(estimate.high)}"
+    return f"{show(estimate.low)}–{show(estimate.high)}"
 
 
 def count(number: int, noun: str) -> str:
@@ -80,8 +81,7 @@ def best_tradeoff(comparison: Comparison) -> Row | None:
     original = comparison.rows[0]
 
     def cost(row: Row) -> float:
-        kept = row.summaries[HEAD].agreement
-        return math.nan if kept is None else row.size.file_bytes / original.size.file_bytes + 1 - kept.value
+        return row.size.file_bytes / original.size.file_bytes + 1 - _value(row.summaries[HEAD].agreement)
 
     measured = [row for row in comparison.rows[1:] if not math.isnan(cost(row))]
     return min(measured, key=lambda row: (cost(row), row.size.file_bytes), default=None)
@@ -95,7 +95,7 @@ def headline(comparison: Comparison, best: Row | None) -> str:
         return f"{original.name} has a perplexity of {significant(found, 4)} on {comparison.text}; no other model was compared with it."
     if best is None:
         return "None of the models gives usable numbers: every output that was measured is not a number."
-    kept = best.summaries[HEAD].agreement.value
+    kept = _value(best.summaries[HEAD].agreement)
     return (
         f"{best.name} is {_ratio(original.size.file_bytes / best.size.file_bytes)} the original, with {verdict(comparison, best)}: "
         f"{_changed(1 - kept)}, and {_perplexity(original, best)}."
@@ -104,10 +104,14 @@ def headline(comparison: Comparison, best: Row | None) -> str:
 
 def verdict(comparison: Comparison, row: Row) -> str:
     """The loss of one model in words; VERDICTS, unless it drowns in the noise floor."""
-    floor = comparison.noise_floor and comparison.noise_floor[HEAD].kl_mean
-    if floor is not None and row.summaries[HEAD].kl_mean.value <= floor.value:
+    floor = None if comparison.noise_floor is None else comparison.noise_floor[HEAD].kl_mean
+    if floor is not None and _value(row.summaries[HEAD].kl_mean) <= floor.value:
         return "no loss beyond the rounding of its own number format"
-    return next(words for least, words in VERDICTS if row.summaries[HEAD].agreement.value >= least)
+    return next(words for least, words in VERDICTS if _value(row.summaries[HEAD].agreement) >= least)
+
+
+def _value(estimate: Estimate | None) -> float:
+    return math.nan if estimate is None else estimate.value
 
 
 def _ratio(ratio: float) -> str:

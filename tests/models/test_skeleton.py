@@ -145,7 +145,7 @@ def test_no_model_type(save_model, tmp_path):
 def test_config_that_makes_no_model(changes, save_model, tmp_path):
     folder = save_model("llama", tmp_path / "m")
     edit_config(folder, **changes)
-    with pytest.raises((ModelError, CheckpointError), match=r"config\.json"):
+    with pytest.raises(ModelError, match="cannot build a model of this config"):
         build(folder)
 
 
@@ -186,12 +186,9 @@ def test_wrong_shape(name, save_model, tmp_path):
         build(folder)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
-def test_tied_weights_may_be_stored_under_either_name(name, stored, save_model, tmp_path, load_plain):
-    if name == "llama":
-        pytest.skip("nothing is tied")
-    folder = save_model(name, tmp_path / "m")
+def test_tied_weights_may_be_stored_under_either_name(stored, save_model, tmp_path, load_plain):
+    folder = save_model("llama-tied", tmp_path / "m")
     plain = load_plain(folder)
 
     def change(tensors):
