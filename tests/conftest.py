@@ -37,7 +37,11 @@ MODELS = {
     "qwen3-moe": ("Qwen3MoeConfig", {**COMMON, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [1]}),
     "gemma3-vision": ("Gemma3Config", {"text_config": GEMMA, "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302}),
 }  # fmt: skip
-EXPERTS = ("mixtral", "qwen3-moe")
+
+
+def pytest_generate_tests(metafunc):
+    if "any_model" in metafunc.fixturenames:
+        metafunc.parametrize("any_model", MODELS)
 
 
 def pytest_addoption(parser):
@@ -121,6 +125,41 @@ def plain_model(folder: Path, dtype: torch.dtype = torch.float32):
 def load_plain():
     """load(folder, dtype=float32): the model as transformers loads it."""
     return plain_model
+
+
+@pytest.fixture(scope="session")
+def stream():
+    """stream(folder, batches, dtype=float32, file=None): the logits of each micro-batch, block by block; file: a folder for hidden states."""
+    from lowbit.checkpoints import open_checkpoint
+    from lowbit.models import skeleton as sk
+    from lowbit.pipeline.hidden import HiddenStates
+    from lowbit.pipeline.streaming import Streamer
+
+    def run(folder: Path, batches: list, *, dtype: torch.dtype = torch.float32, file: Path | None = None) -> list[torch.Tensor]:
+        streamer = Streamer(sk.build(open_checkpoint(folder)), batches, dtype=dtype)
+        states = [HiddenStates(streamer.shapes, streamer.hidden_size, dtype, file=file and file / f"{i}.bin") for i in range(2)]
+        streamer.record(states[0])
+        for index in range(streamer.depth):
+            streamer.run(streamer.load_block(index), index, states[0], states[1])
+            states.reverse()
+        return [streamer.logits(batch.ids, states[0].read(number, torch.device("cpu"))) for number, batch in enumerate(batches)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_same():
+    """assert_same(a, b): two files, or two folders with the same names, hold the same bytes."""
+
+    def check(a: Path, b: Path) -> None:
+        pairs = [(a, b)]
+        if a.is_dir():
+            assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+            pairs = [(file, b / file.name) for file in a.iterdir()]
+        for one, other in pairs:
+            assert one.read_bytes() == other.read_bytes(), one.name
+
+    return check
 
 
 FORK_SERVER = r"""

@@ -81,7 +81,7 @@ def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, not
     """
     factor = factorize(stats.hessian, scheme, options)
     if factor is None:
-        notes.append("the Hessian could not be factorized even with damping 1.0: plain rounding was used")
+        notes.append("the Hessian could not be factorized even with damping 1.0: plain rounding was used (with searched scales)")
         return integer.quantize(W, scheme, options.range_search, stats.importance())
     notes += factor.notes
     if scheme.block == (-1, -1):  # one scale for all rows
@@ -121,14 +121,17 @@ def factorize(H: Tensor, scheme: Scheme, options: GptqOptions) -> Factor | None:
 def _column_order(diagonal: Tensor, scheme: Scheme, options: GptqOptions) -> Tensor:
     columns = len(diagonal)
     if options.order == "natural":
-        return torch.arange(columns)
+        return torch.arange(columns, device=diagonal.device)
     if options.order == "activation" or scheme.groups(columns) == 1:
         return torch.argsort(diagonal, descending=True, stable=True)
     size = scheme.group_size
     padded = torch.nn.functional.pad(diagonal, (0, -columns % size), value=-1.0).view(-1, size)
-    groups = torch.argsort(padded.clamp(min=0).amax(1), descending=True, stable=True)
+    largest = padded.clamp(min=0).amax(1)
+    if columns % size:
+        largest[-1] = -1.0  # a short last group stays last, so that the others begin at block starts
+    groups = torch.argsort(largest, descending=True, stable=True)
     inside = torch.argsort(padded, dim=1, descending=True, stable=True)
-    order = (inside + torch.arange(len(padded)).unsqueeze(1) * size)[groups].flatten()
+    order = (inside + torch.arange(len(padded), device=diagonal.device).unsqueeze(1) * size)[groups].flatten()
     return order[order < columns]
 
 
@@ -154,10 +157,10 @@ class _Solver:
         self.columns, self.rows = W.shape[1], W.shape[0]
         self.WT = W.T[factor.order].contiguous()
         self.importance = 1 / factor.U.diagonal().square()  # 1 / Hinv_jj of what is still free: the price of an error in this column
-        self.group_of = torch.zeros(self.columns, dtype=torch.int64) if scheme.groups(self.columns) == 1 else factor.order // scheme.group_size
+        self.group_of = torch.zeros_like(factor.order) if scheme.groups(self.columns) == 1 else factor.order // scheme.group_size
         groups = 1 if scheme.block == (-1, -1) else scheme.groups(self.columns)
-        self.scale = torch.zeros(groups, self.rows)  # [groups, out]
-        self.zero = None if scheme.symmetric else torch.zeros(groups, self.rows)
+        self.scale = W.new_zeros(groups, self.rows)  # [groups, out]
+        self.zero = None if scheme.symmetric else W.new_zeros(groups, self.rows)
         self.Q = torch.empty_like(self.WT)  # code - zero_point
 
     def solve(self) -> QuantizedTensor:
@@ -173,7 +176,7 @@ class _Solver:
 
     def _fit_all(self) -> None:
         """Scales of all groups from the weights as they came (static groups)."""
-        importance = torch.empty(self.columns)
+        importance = torch.empty_like(self.importance)
         importance[self.factor.order] = self.importance
         groups, weights = integer.to_groups(self.original, self.scheme, importance)
         scale, zero = ranges.fit(groups, self.scheme, self.options.range_search, weights)
@@ -240,7 +243,7 @@ class _Solver:
         block, low, high = 32, -self.scheme.zero_code, self.scheme.max_code - self.scheme.zero_code
         for i1 in range(0, self.columns, block):
             i2 = min(i1 + block, self.columns)
-            G1, H1, step = G[i1:i2].clone(), H[i1:i2, i1:i2], torch.empty(i2 - i1, self.rows)
+            G1, H1, step = G[i1:i2].clone(), H[i1:i2, i1:i2], torch.empty_like(G[i1:i2])
             for i in range(i2 - i1):
                 j, group = i1 + i, self.group_of[i1 + i]
                 s = scale[j]
@@ -262,8 +265,8 @@ class _Solver:
             return
         H, Q = self.factor.H, self.Q
         HW = H @ self.original.T[self.factor.order]
-        normal = torch.empty(self.rows, groups, groups)
-        target = torch.empty(self.rows, groups)
+        normal = H.new_empty(self.rows, groups, groups)
+        target = H.new_empty(self.rows, groups)
         members = [torch.nonzero(self.group_of == g).flatten() for g in range(groups)]
         for g, columns in enumerate(members):
             HQ = H[:, columns] @ Q[columns]  # [in, out]
@@ -278,8 +281,8 @@ class _Solver:
         self.scale = torch.where(usable.all(0) & (info == 0), fitted, self.scale)
 
     def _result(self) -> QuantizedTensor:
-        zero = torch.tensor(float(self.scheme.zero_code)) if self.zero is None else self.zero[self.group_of]
-        codes = torch.empty(self.rows, self.columns, dtype=torch.uint8)
+        zero = self.scheme.zero_code if self.zero is None else self.zero[self.group_of]
+        codes = torch.empty(self.rows, self.columns, dtype=torch.uint8, device=self.Q.device)
         codes[:, self.factor.order] = (self.Q + zero).T.to(torch.uint8)
         if self.scheme.block == (-1, -1):
             return integer.from_codes(codes, self.scale[:, :1], None if self.zero is None else self.zero[:, :1], self.scheme, self.dtype)

@@ -518,7 +518,7 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     if scheme.group_size != -1 and scheme.group_size % 32:
         raise ShapeError(f"{name}: GGUF stores a scale for every 32 weights, and groups of {scheme.group_size} are not made of those. Use g32, g64, g128 or channel.")
     if scheme.scale_dtype != "float16":
-        raise RecipeError(f"{name}: GGUF stores scales as float16, and the scheme's scale_dtype is {scheme.scale_dtype}. Use scale_dtype = float16.")
+        raise RecipeError(f"{name}: GGUF stores scales as float16, and the scheme's scale_dtype is {scheme.scale_dtype}. Quantize with --to gguf, or with scale_dtype = \"float16\" in a recipe file.")
 
 
 def _block_type(type_name: str, name: str) -> ggml.BlockType:

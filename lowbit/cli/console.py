@@ -73,20 +73,26 @@ def text_table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def comparison_table(comparison) -> Table:
-    """The table of DESIGN section 5: one row per model."""
-    made = table("model", "file MB", "bits/w", "linear", "ppl full", "ppl 2nd half", "KL full", "95%", "KL 2nd half", "median", "p99", "top-1 %")
+def comparison_tables(comparison) -> list[Table]:
+    """The table of DESIGN section 5 in two parts that fit 80 columns: size and perplexity, then the distance from the original."""
+    size = table("model", "MB", "bits/w", "linears", "ppl full", "95%", "ppl 2nd half")
+    loss = table("model", "KL full", "95%", "median", "p99", "top-1 %", "KL 2nd half")
     for row in comparison.rows:
-        made.add_row(row.name, f"{row.size.file_bytes / 1e6:.1f}", f"{row.size.bits_per_weight:.2f}", f"{row.size.linear_bits:.2f}", *_numbers(row.summaries))
+        full, half = row.summaries["full"], row.summaries["llama.cpp"]
+        sizes = f"{row.size.file_bytes / 1e6:.1f}", f"{row.size.bits_per_weight:.2f}", f"{row.size.linear_bits:.2f}"
+        size.add_row(row.name, *sizes, f"{full.perplexity.value:.2f}", _interval(full.perplexity, 2), f"{half.perplexity.value:.2f}")
+        if full.kl_mean is not None:
+            loss.add_row(row.name, *_loss(full, half))
     if comparison.noise_floor:
-        made.add_row("[dim]noise floor[/]", "", "", "", *_numbers(comparison.noise_floor), style="dim")
-    return made
+        loss.add_row("noise floor", *_loss(comparison.noise_floor["full"], comparison.noise_floor["llama.cpp"]), style="dim")
+    return [size, loss] if loss.row_count else [size]
 
 
-def _numbers(summaries: dict) -> list[str]:
-    full, half = summaries["full"], summaries["llama.cpp"]
-    cells = [f"{full.perplexity.value:.2f}", f"{half.perplexity.value:.2f}"]
-    if full.kl_mean is None:
-        return [*cells, *["-"] * 6]
-    interval = "-" if math.isnan(full.kl_mean.low) else f"{full.kl_mean.low:.4f}-{full.kl_mean.high:.4f}"
-    return [*cells, f"{full.kl_mean.value:.4f}", interval, f"{half.kl_mean.value:.4f}", f"{full.kl_median.value:.4f}", f"{full.kl_p99.value:.3f}", f"{100 * full.agreement.value:.1f}"]
+def _loss(full, half) -> tuple[str, ...]:
+    return (
+        f"{full.kl_mean.value:.4f}", _interval(full.kl_mean, 4), f"{full.kl_median.value:.4f}", f"{full.kl_p99.value:.3f}", f"{100 * full.agreement.value:.1f}", f"{half.kl_mean.value:.4f}"
+    )  # fmt: skip
+
+
+def _interval(estimate, digits: int) -> str:
+    return "-" if math.isnan(estimate.low) else f"{estimate.low:.{digits}f}-{estimate.high:.{digits}f}"

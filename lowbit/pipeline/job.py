@@ -90,7 +90,7 @@ class Job:
         for name, qt in tensors.items():
             schemes[name] = {"scheme": qt.scheme.to_dict(), "shape": list(qt.shape), "dtype": qt.dtype}
             for key, value in qt.parts.items():
-                flat[f"{name}|{key}"] = packing.pack(value, qt.scheme.bits) if key == "codes" else value.contiguous()
+                flat[f"{name}|{key}"] = packing.pack(value, qt.scheme.bits) if key == "codes" and qt.scheme.format == INT else value.contiguous()
         sibling = self.folder / f"{part}.tmp"
         _save_file(flat, sibling)
         os.replace(sibling, self.folder / f"{part}.safetensors")

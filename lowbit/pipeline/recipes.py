@@ -13,6 +13,7 @@ from ..algorithms import ALGORITHMS, check_format, make_options
 from ..checkpoints import TARGETS, target
 from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
+from ..models.arch import ROUTERS
 from ..numerics.ggml import BLOCK_TYPES
 from ..recipe import Calibration, Recipe, Rule, from_dict
 from ..scheme import CASTS, INT, Scheme
@@ -243,7 +244,8 @@ def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) 
         fitting = [32] if recipe.target == "gguf" else [g for g in AUTO_GROUPS if all(w % g == 0 for w in widths)]
         block = (1, fitting[0]) if fitting else (1, -1)
         scheme = replace(scheme, block=block)
-        notes.append(f"Group size not given: {scheme.name} (the largest of {', '.join(map(str, AUTO_GROUPS))} that divides every layer)." if fitting else f"No group size divides every layer: {scheme.name}.")
+        why = "what Q4_0 stores" if recipe.target == "gguf" else f"the largest of {', '.join(map(str, AUTO_GROUPS))} that divides every layer"
+        notes.append(f"Group size not given: {scheme.name} ({why})." if fitting else f"No group size divides every layer: {scheme.name}.")
     if scheme.format == INT and not draft.scale_given:
         scheme = replace(scheme, scale_dtype="float16" if recipe.target == "gguf" else model_dtype)
     given = draft.rule_groups_given or (True,) * len(recipe.rules)
@@ -287,7 +289,7 @@ def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[s
 
 def _stays_dense(name: str) -> bool:
     """Routers and gates of a few outputs are kept: they cost nothing and decide everything."""
-    return name.removesuffix(".weight").rpartition(".")[2] in ("gate", "router", "shared_expert_gate")
+    return name.removesuffix(".weight").rpartition(".")[2] in ROUTERS
 
 
 def _plan(scheme: Scheme, algorithm: str, options: dict, name: str, shape: tuple[int, int], target_name: str) -> LayerPlan:

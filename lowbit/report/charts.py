@@ -123,7 +123,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _log_axis(low: float, high: float, y: Callable[[float], float], area: Box) -> list[Html]:
     found = _log_ticks(low, high)
     lines = [tag("path", d="".join(f"M{area.left:g} {y(v):.1f}H{area.right:g}" for v in found), class_="grid")]
-    names = [tag("text", significant(v, 1), x=f"{area.left - 7:g}", y=f"{y(v) + 4:.1f}", class_="tick end") for v in found]
+    names = [tag("text", significant(v, 1).removeprefix("1×"), x=f"{area.left - 7:g}", y=f"{y(v) + 4:.1f}", class_="tick end") for v in found]
     return [*lines, *names, tag("text", "mean KL divergence, nats", x="2", y="12", class_="axis")]
 
 

@@ -110,7 +110,7 @@ def _table(comparison: Comparison, best: Row | None) -> Html:
     ]  # fmt: skip
     rows = [_row(row, row is comparison.rows[0], row is best) for row in comparison.rows]
     if comparison.noise_floor is not None:
-        rows.append(_measured_row("Noise floor", "the original in its own number format, against itself in float32", [DASH] * 3, comparison.noise_floor, class_="floor"))
+        rows.append(_measured_row("Noise floor", "the original in its own number format, against float32", [DASH] * 3, comparison.noise_floor, class_="floor"))
     return tag(
         "section",
         tag("h2", "What was lost"),
@@ -131,7 +131,7 @@ def _head(heads: list[tuple[str, str | None]]) -> Html:
 
 def _row(row: Row, is_original: bool, is_best: bool) -> Html:
     sizes = [size(row.size.file_bytes), f"{row.size.bits_per_weight:.2f}", f"{row.size.linear_bits:.2f}"]
-    mark = "the original" if is_original else "best trade-off" if is_best else None
+    mark = "the original" if is_original and row.name != "original" else "best trade-off" if is_best else None
     return _measured_row(row.name, mark, sizes, row.summaries, class_="original" if is_original else "best" if is_best else None)
 
 
@@ -198,8 +198,16 @@ def _frontier(comparison: Comparison) -> Html | None:
         charts.frontier(points, original, width=920, height=440, class_="wide"),
         charts.frontier(points, original, width=360, height=440, class_="narrow"),
         _frontier_legend(points),
+        _larger(comparison),
         tag("p", f"Not drawn, because the loss is not a number: {', '.join(left_out)}.", class_="small") if left_out else None,
     )
+
+
+def _larger(comparison: Comparison) -> Html | None:
+    """Names the models that save nothing."""
+    original, *others = comparison.rows
+    names = [row.name for row in others if row.size.file_bytes >= original.size.file_bytes]
+    return tag("p", f"Not smaller than the original, which therefore beats them: {', '.join(names)}.", class_="small") if names else None
 
 
 def _frontier_legend(points: list[charts.Point]) -> Html:

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from .words import ranges
 
 
+CALLED = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "o_proj", "out_proj", "dense", "attn.c_proj",
+    "gate_proj", "w1", "gate_up_proj", "up_proj", "w3", "c_fc", "fc1", "dense_h_to_4h", "down_proj", "w2", "mlp.c_proj", "c_proj", "fc2", "dense_4h_to_h",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Layer:
     """One quantized matrix. kind: q_proj, ... (as short as is unambiguous); block: None for embedding and head; expert: its number in a mixture."""
@@ -53,7 +59,7 @@ class Histogram:
 
 
 def read(provenance: dict) -> list[Layer]:
-    """Every layer of the provenance, in its order."""
+    """Every layer of the provenance."""
     records = provenance.get("layers") or {}
     places = {name: _place(name) for name in records}
     short = _shortened({kind for kind, _, _ in places.values()})
@@ -107,7 +113,12 @@ def _by_kind(layers: list[Layer]) -> dict[str, list[Layer]]:
     for layer in layers:
         if layer.block is not None:
             kinds.setdefault(layer.kind, []).append(layer)
-    return kinds
+    return dict(sorted(kinds.items(), key=lambda entry: _rank(entry[0])))
+
+
+def _rank(kind: str) -> int:
+    """The place of a kind in the order in which blocks call their matrices; unknown ones last."""
+    return next((i for i, known in enumerate(CALLED) if kind.split(".")[-1] == known or kind == known), len(CALLED))
 
 
 def _bar(block: int, layers: list[Layer], measure: str) -> Bar:

@@ -55,9 +55,12 @@ def agreement(share: float, like: float | None = None) -> str:
 
 
 def interval(estimate: Estimate, show: Callable[[float], str]) -> str:
-    """low–high, or a dash where a single window leaves no interval."""
+    """low–high, or a dash where a single window leaves no interval; a common power of ten is written once: (1.76–2.21)×10⁻⁵."""
     if math.isnan(estimate.low) or math.isnan(estimate.high):
         return DASH
+    (low, _, power), (high, _, other) = show(estimate.low).partition("×"), show(estimate.high).partition("×")
+    if power and power == other:
+        return f"({low}–{high})×{power}"
     return f"{show(estimate.low)}–{show(estimate.high)}"
 
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import EXPERTS, MODELS
 from safetensors.torch import load_file, save_file
 
 from lowbit import numerics
@@ -15,7 +14,7 @@ from lowbit.models import skeleton as sk
 from lowbit.models.linears import find_linears
 from lowbit.pipeline import resources
 from lowbit.pipeline.quantize import convert, quantize
-from lowbit.pipeline.streaming import Streamer
+from lowbit.pipeline.streaming import Batch, Streamer
 from lowbit.progress import Progress
 from lowbit.recipe import Calibration, Recipe
 from lowbit.scheme import Scheme
@@ -40,19 +39,15 @@ def matrices(folder) -> dict[str, tuple[int, int]]:
     return {linear.name: linear.shape for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index)}
 
 
-def logits(folder):
-    """Of the streamed model on a few tokens."""
-    from test_streaming import stream
-
-    from lowbit.pipeline.streaming import Batch
-
+@pytest.fixture
+def logits(stream):
+    """logits(folder): of the streamed model on a few tokens."""
     ids = torch.randint(3, 280, (2, 24), generator=torch.Generator().manual_seed(3))
-    return stream(folder, [Batch(ids)])[0]
+    return lambda folder: stream(folder, [Batch(ids)])[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_architecture_goes_through(name, model_folder, text_file, tmp_path):
-    folder = model_folder(name)
+def test_every_architecture_goes_through(any_model, model_folder, text_file, tmp_path, logits):
+    folder = model_folder(any_model)
     result = run(folder, "int4-sym-g32-gptq", tmp_path / "out", text_file)
     wanted, original = matrices(folder), open_checkpoint(folder)
     made = open_checkpoint(result.path)
@@ -88,7 +83,7 @@ def test_the_codes_of_the_file_are_those_that_were_streamed(model_folder, text_f
 
 
 @pytest.mark.parametrize(("recipe", "target_name"), [("int4-sym-g32-rtn", "gguf"), ("q4_0", "gguf"), ("int8-channel-rtn", None), ("int3-sym-g48-rtn", "safetensors"), ("bf16", None), ("int2-tensor-rtn", None)])
-def test_rounding_needs_no_data(recipe, target_name, model_folder, tmp_path):
+def test_rounding_needs_no_data(recipe, target_name, model_folder, tmp_path, logits):
     out = tmp_path / ("out.gguf" if target_name == "gguf" else "out")
     result = quantize(model_folder("llama"), recipe, out, target_name=target_name)
     assert result.provenance["calibration"] is None
@@ -108,7 +103,7 @@ def test_rounding_equals_the_number_format(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("target_name", ["compressed-tensors", "safetensors", "gguf"])
-def test_transposed_weights_reach_every_target(target_name, model_folder, text_file, tmp_path, load_plain):
+def test_transposed_weights_reach_every_target(target_name, model_folder, text_file, tmp_path, load_plain, logits):
     """GPT-2 stores [in, out]; square matrices would be wrong without an error."""
     folder, out = model_folder("gpt2"), tmp_path / ("out.gguf" if target_name == "gguf" else "out")
     progress = Notes()
@@ -124,20 +119,13 @@ def test_transposed_weights_reach_every_target(target_name, model_folder, text_f
     assert (logits(tmp_path / "dense") - logits(out)).abs().max() < 0.01
 
 
-def test_the_same_job_gives_the_same_bytes(model_folder, text_file, tmp_path):
+def test_the_same_job_gives_the_same_bytes(model_folder, text_file, tmp_path, assert_same):
     for name in ("a", "b"):
         run(model_folder("llama"), "int4-sym-g32-gptq", tmp_path / name, text_file)
-    assert_same_folders(tmp_path / "a", tmp_path / "b")
+    assert_same(tmp_path / "a", tmp_path / "b")
 
 
-def assert_same_folders(a, b):
-    files = sorted(p.name for p in a.iterdir())
-    assert files == sorted(p.name for p in b.iterdir())
-    for file in files:
-        assert (a / file).read_bytes() == (b / file).read_bytes(), file
-
-
-def test_a_model_in_memory_with_its_tokenizer(model_folder, text_file, tmp_path):
+def test_a_model_in_memory_with_its_tokenizer(model_folder, text_file, tmp_path, logits):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32)
     run(model, "int4-sym-g32-gptq", tmp_path / "a", text_file)
     run(model_folder("llama"), "int4-sym-g32-gptq", tmp_path / "b", text_file)
@@ -176,7 +164,7 @@ def rules(tmp_path, text):
     return path
 
 
-def test_rules_keep_and_change_layers(model_folder, text_file, tmp_path):
+def test_rules_keep_and_change_layers(model_folder, text_file, tmp_path, logits):
     recipe = rules(
         tmp_path,
         'scheme = "int4-sym-g32-gptq"\n[[rules]]\nmatch = "model.layers.0.*"\nscheme = "keep"\n'
@@ -234,7 +222,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_true_sequential_costs_at_most_2_6_times_the_passes(name, save_model, text_file, tmp_path, monkeypatch):
+def test_true_sequential_costs_at_most_2_6_times_the_passes(name, save_model, text_file, tmp_path, monkeypatch, logits):
     monkeypatch.setattr("lowbit.pipeline.calibration.Windows.batches.__defaults__", (32,))
     folder = save_model(name, tmp_path / "m", num_hidden_layers=8)
     counter = Counter(monkeypatch)
@@ -257,7 +245,7 @@ def test_true_sequential_costs_at_most_2_6_times_the_passes(name, save_model, te
 
 
 def test_tokens_of_every_expert_are_recorded_and_scarce_ones_noted(model_folder, text_file, tmp_path):
-    for name in EXPERTS:
+    for name in ("mixtral", "qwen3-moe"):
         result = run(model_folder(name), "int4-sym-g32-gptq", tmp_path / name, text_file)
         experts = {k: r for k, r in result.layers.items() if ".experts." in k}
         chosen = sum(r["tokens"] for k, r in experts.items() if k.startswith("model.layers.0") and ("w1." in k or "gate_proj" in k))
@@ -268,7 +256,7 @@ def test_tokens_of_every_expert_are_recorded_and_scarce_ones_noted(model_folder,
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_an_expert_that_saw_no_token(sequential, save_model, text_file, tmp_path):
+def test_an_expert_that_saw_no_token(sequential, save_model, text_file, tmp_path, logits):
     folder = save_model("mixtral", tmp_path / "m", num_hidden_layers=1, num_experts_per_tok=1)
     tensors = load_file(folder / "model.safetensors")
     gate = tensors["model.layers.0.block_sparse_moe.gate.weight"].zero_()
@@ -431,7 +419,7 @@ def test_an_unwritable_target(model_folder, tmp_path):
         quantize(model_folder("llama"), "int4-g32-rtn", "/proc/out")
 
 
-def test_convert_keeps_the_codes(model_folder, text_file, tmp_path):
+def test_convert_keeps_the_codes(model_folder, text_file, tmp_path, logits):
     out = run(model_folder("llama"), "int4-sym-g32-gptq", tmp_path / "ct", text_file).path
     convert(out, "safetensors", tmp_path / "dense")
     assert torch.equal(logits(out), logits(tmp_path / "dense"))

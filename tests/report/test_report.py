@@ -286,6 +286,18 @@ def test_names_of_many_architectures():
         ("experts.up_proj", 2, 5), ("shared_expert.up_proj", 2, None)]  # fmt: skip
 
 
+def test_kinds_stand_in_calling_order_however_the_provenance_is_sorted():
+    made = provenance(2)
+    made["layers"] = dict(sorted(made["layers"].items()))
+    assert [p.kind for p in records.panels(records.read(made))] == [k.split(".")[1] for k in KINDS]
+    assert [[b.block for b in p.bars] for p in records.panels(records.read(provenance(12)))] == [list(range(12))] * 7
+
+
+def test_models_that_save_nothing_are_named():
+    page = Page(render(comparison([row("a", 98, 17.1), row("b", 170, 17.2, 0.002, 0.976), row("c", 92, 19.0, 0.2, 0.8)]), title="t"))
+    assert "Not smaller than the original, which therefore beats them: b." in page.text
+
+
 def test_histograms_of_a_kind_are_added_up():
     made = records.histograms(records.read(provenance(3)))
     one = record(0, 0)["histograms"]
@@ -316,6 +328,13 @@ def test_labels_do_not_overlap_each_other_or_leave_the_plot(width):
 def test_the_frontier_of_strange_losses(kl):
     points = [charts.Point("a", 10, kl), charts.Point("b", 10, 0.1)]
     assert "nan" not in charts.frontier(points, charts.Point("o", 10, 0.0), width=360, height=300, class_="wide")
+
+
+def test_intervals():
+    assert words.interval(Estimate(2e-5, 1.76e-5, 2.21e-5), words.significant) == "(1.76–2.21)×10⁻⁵"
+    assert words.interval(Estimate(1e-4, 8.32e-5, 1.23e-4), words.significant) == "8.32×10⁻⁵–0.000123"
+    assert words.interval(Estimate(0.2, 0.15, 0.25), words.significant) == "0.150–0.250"
+    assert words.interval(Estimate(0.2, math.nan, math.nan), words.significant) == "–"
 
 
 @pytest.mark.parametrize(

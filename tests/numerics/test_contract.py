@@ -1,0 +1,73 @@
+"""What every number format of the table promises; a new entry in FORMATS is tested here by itself."""
+
+import pytest
+import torch
+
+from lowbit import numerics
+from lowbit.errors import LowbitError, ShapeError
+from lowbit.numerics import FORMATS, bits_per_weight, dequantize, nbytes, quantize
+from lowbit.scheme import INT, Scheme
+
+SCHEMES = [Scheme(format=name, bits=4) for name in FORMATS if name != INT] + [
+    Scheme(bits=b, block=block, symmetric=sym) for b in (2, 3, 4, 5, 8) for block in ((1, 32), (1, -1), (-1, -1)) for sym in (True, False)
+]
+LARGEST_ERROR = {"float32": 0, "float16": 1e-6, "bfloat16": 1e-4, "q8_0": 1e-4, "q6_k": 1e-3, "q5_k": 4e-3, "q5_1": 4e-3, "q5_0": 4e-3, "q4_k": 1e-2, "q4_1": 1e-2, "q4_0": 2e-2, "q3_k": 5e-2, "q2_k": 0.15}
+INT_ERROR = {2: 0.8, 3: 0.3, 4: 0.06, 5: 0.015, 8: 3e-4}
+
+
+def weights(rows=6, columns=512, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+def test_round_trip(scheme):
+    W = weights()
+    before = W.clone()
+    qt = quantize(W, scheme)
+    decoded = dequantize(qt)
+    assert decoded.dtype == torch.float32 and decoded.shape == W.shape and qt.shape == tuple(W.shape)
+    error = float((decoded - W).square().sum() / W.square().sum())
+    assert error <= (INT_ERROR[scheme.bits] if scheme.format == INT else LARGEST_ERROR[scheme.format])
+    assert torch.equal(W, before)
+    again = quantize(W, scheme)
+    assert all(torch.equal(qt.parts[key], again.parts[key]) for key in qt.parts)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+def test_a_decoded_weight_is_on_the_grid(scheme):
+    """Quantizing what was decoded changes little: a tenth of the first error at most."""
+    W = weights()
+    first = dequantize(quantize(W, scheme))
+    second = dequantize(quantize(first, scheme))
+    assert float((second - first).square().sum()) <= 0.6 * float((first - W).square().sum()) + 1e-12
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+def test_stored_size(scheme):
+    qt = quantize(weights(), scheme)
+    stored = sum(p.numel() * (scheme.bits if key == "codes" else scheme.bits if key == "zero_point" else 8 * p.element_size()) for key, p in qt.parts.items())
+    assert nbytes(scheme, qt.shape) == -(-stored // 8)
+    assert bits_per_weight(scheme, qt.shape) == pytest.approx(stored / (6 * 512))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+def test_zeros_stay_zeros_and_bad_values_are_refused(scheme):
+    assert float(dequantize(quantize(torch.zeros(3, 512), scheme)).abs().max()) == 0
+    if scheme.format == "float32":
+        return
+    for bad in (float("nan"), float("inf")):
+        W = weights()
+        W[1, 2] = bad
+        with pytest.raises(LowbitError):
+            quantize(W, scheme)
+
+
+def test_shapes_and_names():
+    with pytest.raises(ShapeError, match="multiple of 256, and 576 is not"):
+        quantize(weights(2, 576), Scheme(format="q4_k"))
+    with pytest.raises(LowbitError, match="not known; known: int"):
+        quantize(weights(), Scheme(format="nf4"))
+    with pytest.raises(LowbitError, match=r"layer 7: 2 of 3072 values are NaN or infinite"):
+        W = weights()
+        W[0, :2] = float("nan")
+        numerics.refuse_bad_values(W, "layer 7")
