@@ -34,7 +34,7 @@ _PUBLIC = {
 __all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "open", "plan", "quantize"]
 
 
-def open(path):  # noqa: A001  (lowbit.open reads like gzip.open)
+def open(path):
     """Open a checkpoint lazily: a Hugging Face folder (dense or compressed-tensors), a hub id or a GGUF file. Returns a Checkpoint."""
     from .checkpoints import open_checkpoint
     from .pipeline.locate import locate

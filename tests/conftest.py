@@ -167,6 +167,11 @@ import json, os, sys, time, traceback
 import torch, transformers
 import lowbit.pipeline.evaluate, lowbit.pipeline.quantize
 
+with torch.device("meta"):  # imports what transformers loads late; computes nothing, so that no thread exists when children begin
+    for name in ("Llama", "Mixtral"):
+        getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))
+transformers.AutoTokenizer, transformers.AutoModelForMaskedLM._model_mapping, transformers.AutoModelForImageTextToText
+
 def rss_anon(pid):
     try:
         with open(f"/proc/{pid}/status") as file:

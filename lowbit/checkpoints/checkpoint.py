@@ -16,18 +16,22 @@ from ..tensor import QuantizedTensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A dense tensor that is not loaded yet. read(start, stop) gives rows of its first axis (of a scalar: all of it)."""
+    """A dense tensor that is not loaded yet. read(start, stop) gives rows of its first axis (of a scalar: all of it).
+
+    stored_bytes: what it takes in the file where that is not shape x dtype (a quantized type that is decoded when read).
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
+    stored_bytes: int | None = None
 
     def load(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize if self.stored_bytes is None else self.stored_bytes
 
     @property
     def numel(self) -> int:
@@ -36,13 +40,17 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class LazyQuantized:
-    """A quantized matrix that is not loaded yet. dtype: of the weight it stands for. nbytes: as it lies in the file."""
+    """A quantized matrix that is not loaded yet. dtype: of the weight it stands for. nbytes: as it lies in the file.
+
+    rows: some of its rows, where they can be read without the others (an embedding in a GGUF file).
+    """
 
     scheme: Scheme
     shape: tuple[int, int]
     dtype: torch.dtype
     load: Callable[[], QuantizedTensor]
     nbytes: int = 0
+    rows: Callable[[int, int], QuantizedTensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Checkpoint:
     kind: "safetensors", "gguf", "compressed-tensors". path: the folder or file. config: the contents of config.json.
     tensors: dense tensors by checkpoint name ("model.norm.weight"); quantized: matrices by the name of the weight they replace.
     A name is in one of the two. files: tokenizer, chat template and generation_config, to be copied beside a result.
-    provenance: what made it, if it says. tied: whether the head shares the embedding (then only the embedding is stored).
+    provenance: what made it, if it says. Of tied embeddings only one is stored.
     """
 
     kind: str
@@ -79,6 +87,8 @@ class Checkpoint:
         if name in self.tensors:
             return self.tensors[name]
         entry = self.quantized[name]
+        if entry.rows is not None:
+            return LazyTensor(entry.shape, entry.dtype, lambda start, stop: numerics.dequantize(entry.rows(start, stop)).to(entry.dtype))
         return LazyTensor(entry.shape, entry.dtype, lambda start, stop: self.dense(name)[start:stop])
 
     @property

@@ -222,10 +222,11 @@ def _quantized(info: TensorInfo, order: Tensor | None) -> LazyQuantized:
     name = _BLOCK_NAMES[info.type_id]
     scheme = block_scheme(name)
 
-    def load() -> QuantizedTensor:
-        return QuantizedTensor(scheme, info.shape, _STANDS_FOR, {"blocks": _bytes(info, order, 0, info.shape[0])})
+    def rows(start: int, stop: int) -> QuantizedTensor:
+        blocks = _bytes(info, order, start, min(stop, info.shape[0]))
+        return QuantizedTensor(scheme, (len(blocks), info.shape[1]), _STANDS_FOR, {"blocks": blocks})
 
-    return LazyQuantized(scheme, info.shape, getattr(torch, _STANDS_FOR), load, info.nbytes)
+    return LazyQuantized(scheme, info.shape, getattr(torch, _STANDS_FOR), lambda: rows(0, info.shape[0]), info.nbytes, rows)
 
 
 def block_scheme(type_name: str) -> Scheme:
@@ -245,7 +246,7 @@ def _dense(info: TensorInfo, order: Tensor | None = None, *, shift: float = 0.0)
         values = decode(_bytes(info, order, start, stop)).view(stop - start, *info.shape[1:])
         return values + shift if shift else values
 
-    return LazyTensor(info.shape, dtype, read)
+    return LazyTensor(info.shape, dtype, read, info.nbytes)
 
 
 def _decode_rows(data: Tensor, info: TensorInfo) -> Tensor:
@@ -264,7 +265,7 @@ def _decode_rows(data: Tensor, info: TensorInfo) -> Tensor:
 
 
 def _transposed(lazy: LazyTensor) -> LazyTensor:
-    return LazyTensor(lazy.shape[::-1], lazy.dtype, lambda start, stop: lazy.load().T[start:stop].contiguous())
+    return LazyTensor(lazy.shape[::-1], lazy.dtype, lambda start, stop: lazy.load().T[start:stop].contiguous(), lazy.nbytes)
 
 
 def write_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
@@ -497,8 +498,8 @@ def write(checkpoint: Checkpoint, path: Path, *, progress: Callable[[int], None]
 
 
 def supported(config: dict) -> None:
-    """Raise CheckpointError, naming the known architectures, when a model of this config cannot be written."""
-    gguf_arch.find(config)
+    """Raise CheckpointError when a model of this config cannot be written (naming the known architectures) or llama.cpp would compute it differently."""
+    gguf_arch.metadata(gguf_arch.find(config), gguf_arch.full_config(config))
 
 
 def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:

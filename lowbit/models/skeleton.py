@@ -82,15 +82,15 @@ class Skeleton:
 
 def build(checkpoint: Checkpoint) -> Skeleton:
     """Build the checkpoint's model on the meta device and map its parameters to checkpoint names; loads no weight."""
-    config = _config(checkpoint)
+    config = read_config(checkpoint)
     refuse_unsupported(config)
     try:
         with torch.device("meta"):
-            model = _model_class(config)._from_config(config, dtype=torch.float32)
+            model = model_class(config)._from_config(config, dtype=torch.float32)
     except ModelError:
         raise
     except Exception as error:  # the library raises many kinds for values that make no model
-        raise _bad_config(checkpoint, error) from error
+        raise bad_config(checkpoint, error) from error
     model.eval()
     model.tie_weights()
     if model._can_set_experts_implementation():
@@ -100,7 +100,7 @@ def build(checkpoint: Checkpoint) -> Skeleton:
     return Skeleton(model, checkpoint, sources, blocks_name.rpartition(".")[0], blocks_name, sum(p.numel() for p in model.parameters()), unused)
 
 
-def _config(checkpoint: Checkpoint):
+def read_config(checkpoint: Checkpoint):
     data = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
     model_type = data.pop("model_type", None)
     if model_type is None:
@@ -110,19 +110,19 @@ def _config(checkpoint: Checkpoint):
     try:
         config = transformers.AutoConfig.for_model(model_type, **data)
     except Exception as error:  # as above: types, validators and models each raise their own
-        raise _bad_config(checkpoint, error) from error
+        raise bad_config(checkpoint, error) from error
     for sub in (config, config.get_text_config()):
         sub.use_cache = False
         sub.output_hidden_states = sub.output_attentions = False
     return config
 
 
-def _bad_config(checkpoint: Checkpoint, error: Exception) -> ModelError:
+def bad_config(checkpoint: Checkpoint, error: Exception) -> ModelError:
     reason = " ".join(str(error).split()) or "no reason given"
     return ModelError(f"{checkpoint.path}: transformers {transformers.__version__} cannot build a model of this config ({type(error).__name__}: {reason}).")
 
 
-def _model_class(config) -> type[transformers.PreTrainedModel]:
+def model_class(config) -> type[transformers.PreTrainedModel]:
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.can_generate():
@@ -139,7 +139,7 @@ def find_blocks(model: nn.Module) -> str:
     depth = getattr(text_config, "num_hidden_layers", None)
     best, most = "", 0
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != depth or _is_tower(name):
+        if not isinstance(module, nn.ModuleList) or len(module) != depth or is_tower(name):
             continue
         size = sum(p.numel() for p in module.parameters())
         if size > most:
@@ -150,7 +150,7 @@ def find_blocks(model: nn.Module) -> str:
     return best
 
 
-def _is_tower(name: str) -> bool:
+def is_tower(name: str) -> bool:
     return any(word in name.lower() for word in ("vision", "visual", "audio", "image", "speech"))
 
 
@@ -275,5 +275,5 @@ def modules_outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, nn.Module]
     """Every leaf-owning module outside the blocks and towers: embeddings, final norm, head, rotary embedding."""
     for name, module in skeleton.model.named_modules():
         own = list(module.parameters(recurse=False)) or list(module.buffers(recurse=False))
-        if own and not name.startswith(skeleton.blocks_name + ".") and not _is_tower(name):
+        if own and not name.startswith(skeleton.blocks_name + ".") and not is_tower(name):
             yield name, module

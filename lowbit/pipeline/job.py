@@ -28,7 +28,6 @@ from ..numerics import nbytes, packing
 from ..scheme import INT, Scheme
 from ..tensor import QuantizedTensor
 
-
 KEY, FINISHED = "job.json", "finished.json"
 
 

@@ -234,15 +234,15 @@ def stand_in(config: dict, name: str) -> Checkpoint:
 
 def _on_meta(checkpoint: Checkpoint):
     """The model of a checkpoint's config, without weights and without asking whether lowbit can quantize it."""
-    settings = sk._config(checkpoint)
+    settings = sk.read_config(checkpoint)
     dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or settings.get_text_config().dtype
     dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
-    kind = sk._model_class(settings)
+    kind = sk.model_class(settings)
     try:
         with torch.device("meta"):
             model = kind._from_config(settings, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
     except Exception as error:  # the library raises many kinds for a bad value, and for a package that is not there
-        raise sk._bad_config(checkpoint, error) from error
+        raise sk.bad_config(checkpoint, error) from error
     model.tie_weights()
     return model
 
@@ -260,7 +260,7 @@ def _estimated(checkpoint: Checkpoint, reason: str) -> _Model:
     model = _on_meta(checkpoint)
     head, linears = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
-        if sk._is_tower(name) or module is head:
+        if sk.is_tower(name) or module is head:
             continue
         if isinstance(module, nn.Linear | Conv1D):
             linears[f"{name}.weight"] = tuple(module.weight.shape)[:: -1 if isinstance(module, Conv1D) else 1]

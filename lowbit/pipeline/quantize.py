@@ -41,6 +41,7 @@ from .streaming import Streamer
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 32 << 20
+RECORD_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,8 @@ def _check_resources(setup: _Setup, windows: Windows | None, output: Path, *, re
     quantized = sum(numerics.nbytes(plan.scheme, shape) for plan, shape in _planned_shapes(setup))
     kept = sum(t.nbytes for name, t in setup.checkpoint.tensors.items() if name not in setup.plans)
     hidden = 0 if windows is None else 2 * windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize
-    disk = 2 * quantized + kept + hidden  # the work folder and the output exist side by side for a while
+    beside = sum(file.stat().st_size for file in setup.checkpoint.files) + 2 * RECORD_BYTES * len(setup.plans)
+    disk = 2 * quantized + kept + hidden + beside  # the work folder and the output exist side by side for a while
     if not resumed:
         resources.require_disk(output.absolute().parent, disk, purpose="This job")
     resources.require_memory(memory_estimate(setup, windows), purpose="This job")

@@ -75,7 +75,7 @@ def _header(comparison: Comparison, best: Row | None, title: str, notes: Sequenc
     choice = None
     if best is not None and len(comparison.rows) > 2:
         choice = (
-            f"Of {count(len(comparison.rows) - 1, 'model')} this is the best trade-off: the smallest sum of its share of the original's file "
+            f"Of {count(len(comparison.rows) - 1, 'model')} this is the best trade-off: the smallest sum of its share of the original’s file "
             "and the share of first choices that changed. You may weigh them differently; the table has them all."
         )
     return tag(

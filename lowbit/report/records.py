@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from .words import ranges
 
-
 CALLED = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "o_proj", "out_proj", "dense", "attn.c_proj",
     "gate_proj", "w1", "gate_up_proj", "up_proj", "w3", "c_fc", "fc1", "dense_h_to_4h", "down_proj", "w2", "mlp.c_proj", "c_proj", "fc2", "dense_4h_to_h",

@@ -57,7 +57,7 @@ def test_range_search_is_a_word(search):
 
 @pytest.mark.parametrize("preset", recipes.PRESETS)
 def test_presets_parse_and_resolve(preset):
-    wide = {name: (512, 512) for name in LAYERS}
+    wide = dict.fromkeys(LAYERS, (512, 512))
     plans = resolved(preset, linears=wide)
     assert set(plans) == set(wide)
     assert recipes.parse(preset).recipe.name == preset

@@ -88,11 +88,12 @@ class Bench:
         return out
 
 
-@pytest.fixture(scope="module", params=["folder", "gguf", "experts", "rtn"])
-def bench(request, fork_server, model_folder, text_file):
-    name = {"experts": "mixtral"}.get(request.param, "llama-tied")
-    recipe = "int4-sym-g32-rtn" if request.param == "rtn" else "int4-sym-g32-gptq"
-    return Bench(fork_server, model_folder(name), text_file, recipe, ".gguf" if request.param == "gguf" else "")
+JOBS = {
+    "folder": ("llama-tied", "int4-sym-g32-gptq", "", list(POINTS)),
+    "gguf": ("llama-tied", "int4-sym-g32-gptq", ".gguf", ["block 1 is done", "writing the output", "the output is said to be whole", "the output has its name"]),
+    "experts": ("mixtral", "int4-sym-g32-gptq", "", ["block 0 is done", "running block 2"]),
+    "rounding": ("llama-tied", "int4-sym-g32-rtn", "", ["block 1 is done", "writing the output"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,23 +102,19 @@ def dense(fork_server, model_folder, text_file):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return {suffix: tmp_path_factory.mktemp("reference") for suffix in ("folder", "gguf", "experts", "rtn")}
+def references(tmp_path_factory):
+    """Where the undisturbed results of the jobs are kept."""
+    return {job: tmp_path_factory.mktemp(job) for job in JOBS}
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_a_killed_job_goes_on_to_the_same_bytes(point, bench, shared, tmp_path, request, assert_same):
-    kind = request.node.callspec.params["bench"]
-    if kind == "rtn" and any(word in point for word in ("running", "collecting", "embeddings")):
-        pytest.skip("rounding runs no block")
-    if kind in ("experts", "rtn") and "block" not in point:
-        pytest.skip("as in the folder of a dense model")
-    reference = bench.undisturbed(shared[kind])
-    out = tmp_path / f"out{bench.suffix}"
+@pytest.mark.parametrize(("job", "point"), [(job, point) for job, (*_, points) in JOBS.items() for point in points])
+def test_a_killed_job_goes_on_to_the_same_bytes(job, point, fork_server, model_folder, text_file, references, tmp_path, assert_same):
+    model, recipe, suffix, _ = JOBS[job]
+    bench = Bench(fork_server, model_folder(model), text_file, recipe, suffix)
+    reference, out = bench.undisturbed(references[job]), tmp_path / f"out{suffix}"
     killed = bench.run(out, POINTS[point])
     assert killed["status"] == -signal.SIGKILL, killed["output"]
-    whole = point in ("the output has its name", "half of the work folder is gone")
-    assert out.exists() == whole
+    assert out.exists() == (point in ("the output has its name", "half of the work folder is gone"))
     resumed = bench.run(out, resume=True)
     assert resumed["status"] == 0, resumed["output"]
     assert_same(reference, out)
@@ -262,9 +259,8 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("suffix", ["", ".gguf"])
-def test_a_full_disk_is_one_paragraph_and_the_job_goes_on_later(moment, suffix, dense, small_disk, tmp_path, assert_same):
+@pytest.mark.parametrize(("suffix", "moment"), [*[("", moment) for moment in MOMENTS], (".gguf", "the output"), (".gguf", "the end")])
+def test_a_full_disk_is_one_paragraph_and_the_job_goes_on_later(suffix, moment, dense, small_disk, tmp_path, assert_same):
     bench = Bench(dense.server, dense.model, dense.text, dense.recipe, suffix)
     reference = bench.undisturbed(tmp_path)
     (small_disk / "earlier").mkdir()
@@ -284,7 +280,7 @@ def test_a_full_disk_is_one_paragraph_and_the_job_goes_on_later(moment, suffix, 
 
 
 def test_a_disk_that_is_too_small_is_said_before_work(dense, small_disk):
-    (small_disk / "filler").write_bytes(b"x" * 5_900_000)
+    (small_disk / "filler").write_bytes(b"x" * 6_000_000)
     answer = dense.run(small_disk / "out", code=CAUGHT)
     assert answer["output"].startswith("ResourceError | This job needs"), answer["output"]
     assert str(small_disk) in answer["output"]

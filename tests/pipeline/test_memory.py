@@ -1,0 +1,96 @@
+"""The model is never whole in memory: what a process really holds (RssAnon) does not grow with the depth, nor with the size of the model."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 4096, 320
+BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "vocab_size": VOCABULARY,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 128, "tie_word_embeddings": True, "dtype": "float32",
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+QUANTIZE = """
+from lowbit.pipeline.quantize import quantize
+from lowbit.recipe import Calibration, Recipe
+from lowbit.scheme import Scheme
+recipe = Recipe("memory", Scheme(bits=4, block=(1, 128), scale_dtype="float32"), options={"search": "minmax"}, calibration=Calibration(text, 2, 64))
+quantize(model, recipe, out, dtype="float32")
+"""
+COMPARE = """
+from lowbit.pipeline.evaluate import compare
+made = compare([other], against=model, text=text, ctx=64, n_windows=2)
+print(len(made.rows), made.rows[1].summaries["full"].kl_mean.value)
+"""
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory, tokenizer_folder):
+    """deep_model(depth): a Llama of equal blocks of 67 MB, one shard each; the shards are shared between depths and deleted at the end."""
+    root = tmp_path_factory.mktemp("deep")
+    torch.manual_seed(0)
+    shapes = {
+        **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+        **{f"mlp.{name}_proj": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")},
+        "mlp.down_proj": (HIDDEN, INTERMEDIATE), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+    }  # fmt: skip
+    block = {name: torch.randn(shape) * 0.02 if len(shape) == 2 else torch.ones(shape) for name, shape in shapes.items()}
+
+    def shard(folder, name, tensors, index):
+        if not (root / name).exists():
+            save_file(tensors, root / name, metadata={"format": "pt"})
+        os.link(root / name, folder / name)
+        index.update(dict.fromkeys(tensors, name))
+
+    def make(depth):
+        folder, index = root / f"blocks-{depth}", {}
+        folder.mkdir()
+        shard(folder, "outside.safetensors", {"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}, index)
+        for i in range(depth):
+            shard(folder, f"block-{i}.safetensors", {f"model.layers.{i}.{name}.weight": value for name, value in block.items()}, index)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": depth}))
+        for file in tokenizer_folder.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    yield make
+    for file in root.rglob("*.safetensors"):
+        file.unlink()
+
+
+def test_memory_does_not_grow_with_depth(deep_model, fork_server, text_file, tmp_path):
+    peaks = {}
+    for depth in (6, 24):
+        out = tmp_path / f"out-{depth}"
+        answer = fork_server.run(QUANTIZE, model=deep_model(depth), text=text_file, out=out)
+        assert answer["status"] == 0, answer["output"]
+        peaks[depth] = answer["peak"]
+        (out / "model.safetensors").unlink()
+        print(f"{depth} blocks of {BLOCK_BYTES / 1e6:.0f} MB: peak RssAnon {answer['peak'] / 1e6:.0f} MB")
+    assert BLOCK_BYTES >= 64e6
+    assert peaks[24] <= 1.15 * peaks[6]
+
+
+def test_evaluation_of_a_model_larger_than_the_memory_it_takes(deep_model, fork_server, text_file):
+    model, other = deep_model(25), deep_model(20)
+    answer = fork_server.run(COMPARE, model=model, other=other, text=text_file)
+    assert answer["status"] == 0, answer["output"]
+    rows, kl = answer["output"].split()[-2:]
+    print(f"two models of {25 * BLOCK_BYTES / 1e6:.0f} and {20 * BLOCK_BYTES / 1e6:.0f} MB: peak RssAnon {answer['peak'] / 1e6:.0f} MB")
+    assert rows == "2" and float(kl) > 0
+    assert answer["peak"] < 25 * BLOCK_BYTES / 3
+
+
+def test_evaluation_under_an_imposed_limit(deep_model, fork_server, text_file):
+    """With less data memory allowed than the model has bytes (RLIMIT_DATA; mapped files do not count)."""
+    model = deep_model(26)
+    limit = 26 * BLOCK_BYTES // 2
+    answer = fork_server.run(f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))" + COMPARE, model=model, other=model, text=text_file)
+    assert answer["status"] == 0, answer["output"]
+    rows, kl = answer["output"].split()[-2:]
+    assert rows == "2" and float(kl) == 0
