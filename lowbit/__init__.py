@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .pipeline.convert import convert
     from .pipeline.evaluate import compare, evaluate
     from .pipeline.plan import plan
-    from .pipeline.quantize import convert, quantize
+    from .pipeline.quantize import quantize
 
 _PUBLIC = {
     "quantize": "pipeline.quantize",
-    "convert": "pipeline.quantize",
+    "convert": "pipeline.convert",
     "evaluate": "pipeline.evaluate",
     "compare": "pipeline.evaluate",
     "plan": "pipeline.plan",

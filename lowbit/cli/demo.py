@@ -14,9 +14,10 @@ from pathlib import Path
 from ..checkpoints import open_checkpoint
 from ..checkpoints.safetensors import write_text
 from ..errors import LowbitError
+from ..pipeline.convert import convert
 from ..pipeline.evaluate import Comparison, compare
 from ..pipeline.generate import generate
-from ..pipeline.quantize import convert, quantize
+from ..pipeline.quantize import quantize
 from ..pipeline.resources import PeakMemory, human
 from ..report import render
 from .console import BarProgress, comparison_tables, err, out

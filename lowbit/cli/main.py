@@ -272,7 +272,7 @@ def convert(
       lowbit convert out --to gguf --outside q8_0 -o out.gguf
     """
     _prepare(None)
-    from ..pipeline.quantize import convert as run
+    from ..pipeline.convert import convert as run
     from .console import BarProgress, out
 
     path = run(model, to, output, outside=outside, overwrite=overwrite, progress=BarProgress())

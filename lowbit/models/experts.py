@@ -22,6 +22,8 @@ def is_experts(module: nn.Module) -> bool:
 
 def check_experts(module: nn.Module, name: str) -> None:
     """Raise ModelError for a layout of experts that is not handled."""
+    if not hasattr(module, "has_bias"):  # not one of those that take a registered function
+        raise ModelError(f"{name}: {type(module).__name__} runs its experts itself, so what each of them sees cannot be told apart.")
     if module.has_bias or module.is_transposed or not module.is_concatenated or module.has_post_expert_norm:
         raise ModelError(f"{name}: experts with biases, transposed or interleaved weights are not handled yet ({type(module).__name__}).")
 

@@ -86,3 +86,13 @@ def get_weight(block: nn.Module, linear: Linear) -> Tensor:
 def set_weight(block: nn.Module, linear: Linear, value: Tensor) -> None:
     """Overwrite the matrix in place with value [out_features, in_features]."""
     get_weight(block, linear).copy_(value)
+
+
+def outside_matrices(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+    """Embedding and head (once when tied), by checkpoint name."""
+    found = {}
+    for module in (skeleton.text.get_input_embeddings(), skeleton.model.get_output_embeddings()):
+        for name, other in skeleton.model.named_modules():
+            if other is module and f"{name}.weight" in skeleton.sources:
+                found[skeleton.sources[f"{name}.weight"].flat()[0]] = tuple(module.weight.shape)
+    return found

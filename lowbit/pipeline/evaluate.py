@@ -16,12 +16,12 @@ from ..errors import DataError, ModelError
 from ..evaluation.metrics import CONVENTIONS, WindowScores, score_window
 from ..evaluation.summary import Summary, summarize
 from ..models import skeleton as sk
+from ..models.linears import outside_matrices
 from ..progress import SILENT, Progress
 from . import resources
 from .calibration import Windows, default_text, packed, read_texts
 from .hidden import HiddenStates
 from .locate import load_tokenizer, locate
-from .quantize import outside_matrices
 from .streaming import Streamer
 
 
@@ -141,6 +141,7 @@ def _run_all(checkpoints: list[Checkpoint], dtypes: list[torch.dtype], windows: 
             for streamer, states in models:
                 if index < streamer.depth:
                     streamer.run(streamer.load_block(index), index, states, states, tick=advance)
+                    resources.release_memory()
         return _score(models, windows, device, advance)
 
 

@@ -43,7 +43,8 @@ class HiddenStates:
         return len(self._parts)
 
     def read(self, index: int, device: torch.device) -> Tensor:
-        return self._parts[index].to(device)
+        """A copy, so that a block that works in place does not change what it may have to read again."""
+        return self._parts[index].to(device, copy=True)
 
     def write(self, index: int, value: Tensor) -> None:
         self._parts[index].copy_(value)

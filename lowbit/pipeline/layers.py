@@ -23,13 +23,14 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
 
     dtypes: each weight's own dtype in the checkpoint. Returns the tensors and their records by name.
     """
+    _to_cpu(group.stats)
     if group.stats.hessian is not None:
         symmetrize(group.stats.hessian)
     tensors: dict[str, QuantizedTensor] = {}
     records: dict[str, dict] = {}
     for linears in _alike(group.linears, plans):
         plan = plans[linears[0].name]
-        W = torch.cat([get_weight(block, linear).float() for linear in linears])
+        W = torch.cat([get_weight(block, linear).float().cpu() for linear in linears])
         notes: list[str] = []
         made = _choose_codes(W, plan, group.stats, notes, linears[0].name)
         decoded = numerics.dequantize(made)
@@ -42,6 +43,14 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
             records[linear.name] = _record(linear, plans[linear.name], group.stats, W[rows], decoded[rows], None if rounded is None else rounded[rows], notes)
             set_weight(block, linear, decoded[rows])
     return tensors, records
+
+
+def _to_cpu(stats: LayerStats) -> None:
+    """Algorithms work there, wherever the block ran."""
+    for name in ("sum_sq", "absmax", "hessian"):
+        value = getattr(stats, name)
+        if value is not None:
+            setattr(stats, name, value.cpu())
 
 
 def _choose_codes(W: Tensor, plan: LayerPlan, stats: LayerStats, notes: list[str], name: str) -> QuantizedTensor:

@@ -26,13 +26,12 @@ from .. import numerics
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, gguf, gguf_arch, open_checkpoint, safetensors
 from ..errors import CheckpointError, ModelError, RecipeError, ShapeError
 from ..models import skeleton as sk
-from ..models.linears import find_linears
+from ..models.linears import find_linears, outside_matrices
 from ..numerics.ggml import BLOCK_TYPES
 from ..numerics.packing import words_per_row
 from ..recipe import Recipe
 from ..scheme import CASTS, INT, Scheme
 from . import resources
-from .quantize import outside_matrices
 from .recipes import parse, resolve, settle
 
 DEFAULT_RECIPES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -20,10 +19,10 @@ import transformers
 
 from .. import __version__, numerics
 from ..algorithms import algorithm
-from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint, target
-from ..errors import JobError, ModelError, RecipeError, ResourceError
+from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
+from ..errors import ModelError, RecipeError
 from ..models import skeleton as sk
-from ..models.linears import Linear, find_linears
+from ..models.linears import Linear, find_linears, outside_matrices
 from ..models.skeleton import Skeleton
 from ..progress import SILENT, Progress
 from ..recipe import Calibration, Recipe
@@ -32,15 +31,15 @@ from . import recipes, resources
 from .calibration import Windows, calibration_windows
 from .collect import Collector, InputGroup, StopBlock, stages
 from .hidden import HiddenStates
-from .job import Job, refuse_existing, temporary, work_folder
+from .job import Job, refuse_existing, work_folder
 from .layers import quantize_group, share_scarce
 from .locate import load_tokenizer, locate
+from .output import CHUNK_BYTES, as_stored_dense, dtype_name, readable_errors, refuse_own_input, rounded_record, with_rounded, write
 from .recipes import LayerPlan
 from .selfgen import self_texts
 from .streaming import Streamer
 
 log = logging.getLogger(__name__)
-CHUNK_BYTES = 32 << 20
 RECORD_BYTES = 4096
 
 
@@ -106,9 +105,9 @@ def quantize(
         located = locate(path, progress=progress)
         output = Path(output) if output is not None else Path(_default_name(located, draft.recipe))
         refuse_existing(output, resume=resume, overwrite=overwrite)
-        _refuse_own_input(output, located)
+        refuse_own_input(output, located)
         setup = _set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress)
-        with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, _readable_errors(output):
+        with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
             tokenizer_needed = bool(setup.needs) or setup.checkpoint.kind == "gguf"
             tokenizer = load_tokenizer(setup.checkpoint, Path(scratch)) if tokenizer_needed else None
             windows = _windows(setup, tokenizer) if setup.needs else None
@@ -120,7 +119,7 @@ def quantize(
                 if not job.written:
                     _run(setup, windows, job, peak)
                     peak.look()
-                    _write(_assemble(setup, windows, job, tokenizer), setup.recipe.target, output, progress, overwrite=overwrite, whole=job.finish)
+                    write(_assemble(setup, windows, job, tokenizer), setup.recipe.target, output, progress, overwrite=overwrite, whole=job.finish)
                 job.remove()
                 peak.look()
                 seconds = time.monotonic() - started
@@ -143,25 +142,6 @@ def _as_path(model) -> Iterator[str | Path]:
         yield Path(folder)
 
 
-def _refuse_own_input(output: Path, model: Path) -> None:
-    """Raise JobError when writing the output would replace the model that is read."""
-    if model.resolve().is_relative_to(output.resolve()):
-        raise JobError(f"the output {output} is where the model itself is. Choose another -o.")
-
-
-@contextmanager
-def _readable_errors(output: Path) -> Iterator[None]:
-    """Say in one paragraph what the system refuses; what is done so far stays where it is."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{error.filename or output.absolute().parent}: {error.strerror or error}"
-        keep = f" What is done so far is kept in {work_folder(output)}: go on with --resume." if work_folder(output).exists() else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"There is no room for the output ({what}). Free some disk, or write elsewhere with -o.{keep}") from error
-        raise JobError(f"The output cannot be written or the model cannot be read ({what}).{keep}") from error
-
-
 def _target_of(output: str | Path | None) -> str | None:
     """An output called .gguf says what is wanted."""
     return "gguf" if output is not None and str(output).endswith(".gguf") else None
@@ -173,15 +153,17 @@ def _default_name(path: Path, recipe: Recipe) -> str:
 
 def _set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress) -> _Setup:
     checkpoint = open_checkpoint(path)
-    if checkpoint.kind == "compressed-tensors":
-        progress.note("This checkpoint is quantized already; what is lost comes on top of what was lost before.")
     skeleton = sk.build(checkpoint)
     linears = [find_linears(skeleton, index) for index in range(len(skeleton.blocks))]
     shapes = {linear.name: linear.shape for block in linears for linear in block}
     outside = outside_matrices(skeleton)
-    recipe, notes = recipes.settle(draft, shapes, _dtype_name(checkpoint, next(iter(shapes))))
+    recipe, notes = recipes.settle(draft, shapes, dtype_name(checkpoint, next(iter(shapes))))
     if recipe.target == "compressed-tensors" and any(linear.transposed for block in linears for linear in block):
         notes.append(f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which the programs that read compressed-tensors do not handle: lowbit reads the result; for others write GGUF or safetensors.")
+    if any(name in checkpoint.quantized for name in shapes):
+        notes.append("This checkpoint is quantized already; what is lost comes on top of what was lost before.")
+    if skeleton.unused:
+        notes.append(f"{type(skeleton.model).__name__} does not use {len(skeleton.unused)} tensors of the checkpoint, which are left out: {', '.join(skeleton.unused[:3])}{', ...' if len(skeleton.unused) > 3 else ''}.")
     for note in notes:
         progress.note(note)
     recipe = replace(recipe, seed=seed, calibration=_override(recipe.calibration, skeleton, calibration, n_samples, seq_len))
@@ -208,22 +190,6 @@ def _override(base: Calibration, skeleton: Skeleton, source, n_samples, seq_len)
     if made.seq_len > limit:
         raise ModelError(f"seq_len is {made.seq_len}, and this model takes at most {limit} tokens.")
     return made
-
-
-def outside_matrices(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
-    """Embedding and head (once when tied), by checkpoint name."""
-    found = {}
-    for module in (skeleton.text.get_input_embeddings(), skeleton.model.get_output_embeddings()):
-        for name, other in skeleton.model.named_modules():
-            if other is module and f"{name}.weight" in skeleton.sources:
-                found[skeleton.sources[f"{name}.weight"].flat()[0]] = tuple(module.weight.shape)
-    return found
-
-
-def _dtype_name(checkpoint: Checkpoint, name: str) -> str:
-    entry = checkpoint.tensors.get(name) or checkpoint.quantized[name]
-    dtype = str(entry.dtype).removeprefix("torch.")
-    return dtype if dtype in ("float32", "float16", "bfloat16") else "float32"
 
 
 def _windows(setup: _Setup, tokenizer) -> Windows:
@@ -290,8 +256,8 @@ def memory_estimate(setup: _Setup, windows: Windows | None) -> int:
     largest = max(linear.shape[0] * linear.shape[1] for block_linears in setup.linears for linear in block_linears) * 4
     if windows is None:
         return largest * 5
-    keys = {(linear.module, linear.parameter, linear.expert): linear.shape[1] for linear in setup.linears[0]}
-    hessians = sum(width * width * 4 for width in keys.values()) if "hessian" in setup.needs else 0
+    squares = [{linear.input_key: 4 * linear.shape[1] ** 2 for linear in linears} for linears in setup.linears]
+    hessians = max(sum(inputs.values()) + 6 * max(inputs.values(), default=0) for inputs in squares) if "hessian" in setup.needs else 0  # six copies while one is factorized
     return 2 * block + hessians + 8 * largest
 
 
@@ -321,6 +287,7 @@ def _run(setup: _Setup, windows: Windows | None, job: Job, peak: resources.PeakM
             tensors, records = worker.run(index, source, goal if index + 1 < depth else None, advance)
             goal.sync()
             job.save(_part(index), tensors, records)
+            resources.release_memory()
             source = goal
             peak.look()
             log.info("block %d of %d done, RssAnon %s", index + 1, depth, resources.human(peak.peak_bytes))
@@ -342,12 +309,13 @@ def _run_without_data(setup: _Setup, job: Job, first: int, peak: resources.PeakM
                 tensors |= made
                 records |= record
             job.save(_part(index), tensors, records)
+            resources.release_memory()
             peak.look()
             advance()
 
 
 def _dtypes(setup: _Setup, linears: list[Linear]) -> dict[str, str]:
-    return {linear.name: _dtype_name(setup.checkpoint, linear.name) for linear in linears}
+    return {linear.name: dtype_name(setup.checkpoint, linear.name) for linear in linears}
 
 
 class _BlockWorker:
@@ -412,9 +380,8 @@ def _assemble(setup: _Setup, windows: Windows | None, job: Job, tokenizer) -> Ch
         quantized |= job.quantized(_part(index))
         records |= job.records(_part(index))
     outside = {name: setup.plans[name] for name in setup.outside if name in setup.plans}
-    base = with_rounded(setup.checkpoint, {name: plan.scheme for name, plan in outside.items()})
-    for name, plan in outside.items():
-        records[name] = {"scheme": plan.scheme.name, "algorithm": "rtn", "shape": list(setup.outside[name]), "bits_per_weight": round(numerics.bits_per_weight(plan.scheme, setup.outside[name]), 4)}
+    base = with_rounded(setup.checkpoint, outside)
+    records |= {name: rounded_record(plan, setup.outside[name]) for name, plan in outside.items()}
     own = {name: base.quantized[name] for name in outside}
     kept = {**setup.checkpoint.tensors, **{n: setup.checkpoint.lazy(n) for n in setup.checkpoint.quantized}} if setup.checkpoint.kind != "gguf" else setup.checkpoint.tensors
     tensors = {name: t for name, t in kept.items() if name not in quantized and name not in own and name not in setup.skeleton.unused}
@@ -428,43 +395,6 @@ def _assemble(setup: _Setup, windows: Windows | None, job: Job, tokenizer) -> Ch
     provenance = _provenance(setup, windows, records)
     made = replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance)
     return made if setup.recipe.target != "safetensors" else as_stored_dense(made, [x for block in setup.linears for x in block])
-
-
-def as_stored_dense(checkpoint: Checkpoint, linears: list[Linear]) -> Checkpoint:
-    """The checkpoint with the quantized matrices of Conv1D layers as dense ones, turned to [in, out] as their models store them."""
-    names = [linear.name for linear in linears if linear.transposed and linear.name in checkpoint.quantized]
-    dense = {name: _turned(checkpoint, name) for name in names}
-    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in dense}
-    return replace(checkpoint, tensors={**checkpoint.tensors, **dense}, quantized=quantized)
-
-
-def _turned(checkpoint: Checkpoint, name: str) -> LazyTensor:
-    entry = checkpoint.quantized[name]
-    return LazyTensor(entry.shape[::-1], entry.dtype, lambda start, stop: checkpoint.dense(name).T[start:stop])
-
-
-def with_rounded(checkpoint: Checkpoint, schemes: dict) -> Checkpoint:
-    """The checkpoint with some of its matrices (embedding, head) rounded to a scheme when they are read, a chunk of rows at a time."""
-    quantized = dict(checkpoint.quantized)
-    for name, scheme in schemes.items():
-        quantized[name] = _rounded(checkpoint.lazy(name), scheme)
-    return replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n not in schemes}, quantized=quantized)
-
-
-def _rounded(lazy, scheme) -> LazyQuantized:
-    rows, columns = lazy.shape
-    chunk = max(1, CHUNK_BYTES // (columns * 4))
-
-    def load() -> QuantizedTensor:
-        parts: dict[str, list] = {}
-        for start in range(0, rows, chunk):
-            made = numerics.quantize(lazy.read(start, min(start + chunk, rows)), scheme)
-            for key, value in made.parts.items():
-                parts.setdefault(key, []).append(value)
-        dtype = str(lazy.dtype).removeprefix("torch.")
-        return QuantizedTensor(scheme, (rows, columns), dtype, {key: torch.cat(values) for key, values in parts.items()})
-
-    return LazyQuantized(scheme, (rows, columns), lazy.dtype, load, numerics.nbytes(scheme, (rows, columns)))
 
 
 def _provenance(setup: _Setup, windows: Windows | None, records: dict) -> dict:
@@ -482,57 +412,6 @@ def _provenance(setup: _Setup, windows: Windows | None, records: dict) -> dict:
         "notes": setup.notes,
         "layers": records,
     }
-
-
-def _write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, whole: Callable[[], None] = lambda: None) -> None:
-    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it."""
-    kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
-    _delete(draft)
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    if not kind.suffix:
-        draft.mkdir()
-    with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
-        try:
-            kind.write(checkpoint, draft, progress=advance)
-        except BaseException:
-            _delete(draft)
-            raise
-    whole()
-    _delete(old)
-    if output.exists() and overwrite:
-        os.replace(output, old)
-    os.replace(draft, output)
-    _delete(old)
-
-
-def _delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def convert(path: str | Path, target_name: str, output: str | Path, *, outside: str | None = None, overwrite: bool = False, progress: Progress = SILENT) -> Path:
-    """Write a checkpoint in another layout; quantized matrices keep their codes (refused where the layout cannot hold them).
-
-    outside: a scheme for embedding and head ("q8_0"), which are otherwise kept.
-    """
-    from ..scheme import Scheme
-
-    output = Path(output)
-    if output.exists() and not overwrite:
-        raise JobError(f"{output} exists already. Choose another -o, or --overwrite.")
-    located = locate(path, progress=progress)
-    _refuse_own_input(output, located)
-    checkpoint = open_checkpoint(located)
-    for name, entry in checkpoint.quantized.items():
-        target(target_name).check(entry.scheme, entry.shape, name)
-    if outside is not None:
-        names = outside_matrices(sk.build(checkpoint))
-        checkpoint = with_rounded(checkpoint, {name: Scheme(format=outside, bits=8) for name in names})
-    if target_name == "safetensors" and checkpoint.quantized:
-        skeleton = sk.build(checkpoint)
-        checkpoint = as_stored_dense(checkpoint, [x for index in range(len(skeleton.blocks)) for x in find_linears(skeleton, index)])
-    with _readable_errors(output):
-        _write(checkpoint, target_name, output, progress, overwrite=overwrite)
-    return output
 
 
 @contextmanager

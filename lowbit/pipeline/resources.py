@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -62,6 +63,14 @@ def process_memory() -> dict[str, int]:
 
         found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it in its heaps, and what it keeps grows with the number of blocks that came and went."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # another libc
+        return
 
 
 class PeakMemory:

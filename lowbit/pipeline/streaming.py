@@ -107,7 +107,9 @@ class Streamer:
             calls: list[Call] = []
             last: list[Tensor] = []
 
-            def probe(index, hidden, args, kwargs, calls=calls, last=last, number=number):
+            def probe(index, hidden, args, kwargs, calls=calls, last=last, number=number, batch=batch):
+                if tuple(hidden.shape) != (*batch.ids.shape, self.hidden_size):
+                    raise ModelError(f"{type(self.skeleton.model).__name__} hands its blocks {list(hidden.shape)}; expected {[*batch.ids.shape, self.hidden_size]}, so it cannot be streamed.")
                 if index == 0 and states is not None:
                     states.write(number, hidden)
                 if index and hidden is not last[0]:

@@ -184,6 +184,13 @@ def test_wrong_shape(name, save_model, tmp_path):
         build(folder)
 
 
+def test_experts_that_cannot_be_watched_are_refused(tmp_path):
+    config = transformers.Llama4TextConfig(hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_local_experts=2, vocab_size=64)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="Llama4TextExperts runs its experts itself"):
+        find_linears(build(tmp_path), 0)
+
+
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_tied_weights_may_be_stored_under_either_name(stored, save_model, tmp_path, load_plain):
     folder = save_model("llama-tied", tmp_path / "m")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ CONFIG = {
 }  # fmt: skip
 QUANTIZE = """
 from lowbit.pipeline.quantize import quantize
-from lowbit.recipe import Calibration, Recipe
+from lowbit.recipe import Calibration, Recipe, Rule
 from lowbit.scheme import Scheme
-recipe = Recipe("memory", Scheme(bits=4, block=(1, 128), scale_dtype="float32"), options={"search": "minmax"}, calibration=Calibration(text, 2, 64))
+rules = tuple(Rule(match, None) for match in keep)
+recipe = Recipe("memory", Scheme(bits=4, block=(1, 128), scale_dtype="float32"), options={"search": "minmax"}, rules=rules, calibration=Calibration(text, 2, 64))
 quantize(model, recipe, out, dtype="float32")
 """
 COMPARE = """
@@ -48,6 +50,8 @@ def deep_model(tmp_path_factory, tokenizer_folder):
 
     def make(depth):
         folder, index = root / f"blocks-{depth}", {}
+        if folder.exists():
+            return folder
         folder.mkdir()
         shard(folder, "outside.safetensors", {"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}, index)
         for i in range(depth):
@@ -63,34 +67,25 @@ def deep_model(tmp_path_factory, tokenizer_folder):
         file.unlink()
 
 
-def test_memory_does_not_grow_with_depth(deep_model, fork_server, text_file, tmp_path):
+@pytest.mark.parametrize("keep", [pytest.param(["*.down_proj"], id="most"), pytest.param([], id="all", marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_depth(keep, deep_model, fork_server, text_file, tmp_path):
+    """GPTQ of 6 and of 24 blocks. The widest matrix, whose Hessian takes most of the time, is left out of the quick run."""
     peaks = {}
     for depth in (6, 24):
-        out = tmp_path / f"out-{depth}"
-        answer = fork_server.run(QUANTIZE, model=deep_model(depth), text=text_file, out=out)
+        answer = fork_server.run(QUANTIZE, model=deep_model(depth), text=text_file, out=tmp_path / f"out-{depth}", keep=keep)
         assert answer["status"] == 0, answer["output"]
         peaks[depth] = answer["peak"]
-        (out / "model.safetensors").unlink()
+        shutil.rmtree(tmp_path / f"out-{depth}")
         print(f"{depth} blocks of {BLOCK_BYTES / 1e6:.0f} MB: peak RssAnon {answer['peak'] / 1e6:.0f} MB")
     assert BLOCK_BYTES >= 64e6
     assert peaks[24] <= 1.15 * peaks[6]
 
 
 def test_evaluation_of_a_model_larger_than_the_memory_it_takes(deep_model, fork_server, text_file):
-    model, other = deep_model(25), deep_model(20)
+    model, other = deep_model(24), deep_model(6)
     answer = fork_server.run(COMPARE, model=model, other=other, text=text_file)
     assert answer["status"] == 0, answer["output"]
     rows, kl = answer["output"].split()[-2:]
-    print(f"two models of {25 * BLOCK_BYTES / 1e6:.0f} and {20 * BLOCK_BYTES / 1e6:.0f} MB: peak RssAnon {answer['peak'] / 1e6:.0f} MB")
+    print(f"models of {24 * BLOCK_BYTES / 1e6:.0f} and {6 * BLOCK_BYTES / 1e6:.0f} MB: peak RssAnon {answer['peak'] / 1e6:.0f} MB")
     assert rows == "2" and float(kl) > 0
-    assert answer["peak"] < 25 * BLOCK_BYTES / 3
-
-
-def test_evaluation_under_an_imposed_limit(deep_model, fork_server, text_file):
-    """With less data memory allowed than the model has bytes (RLIMIT_DATA; mapped files do not count)."""
-    model = deep_model(26)
-    limit = 26 * BLOCK_BYTES // 2
-    answer = fork_server.run(f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))" + COMPARE, model=model, other=model, text=text_file)
-    assert answer["status"] == 0, answer["output"]
-    rows, kl = answer["output"].split()[-2:]
-    assert rows == "2" and float(kl) == 0
+    assert answer["peak"] < 24 * BLOCK_BYTES / 3

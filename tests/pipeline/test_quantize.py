@@ -13,7 +13,8 @@ from lowbit.errors import CheckpointError, FormatError, JobError, LowbitError, M
 from lowbit.models import skeleton as sk
 from lowbit.models.linears import find_linears
 from lowbit.pipeline import resources
-from lowbit.pipeline.quantize import convert, quantize
+from lowbit.pipeline.convert import convert
+from lowbit.pipeline.quantize import quantize
 from lowbit.pipeline.streaming import Batch, Streamer
 from lowbit.progress import Progress
 from lowbit.recipe import Calibration, Recipe
@@ -153,6 +154,30 @@ def test_padded_calibration(model_folder, tmp_path):
 def test_self_calibration(model_folder, tmp_path):
     result = quantize(model_folder("llama"), "int4-sym-g32-gptq", tmp_path / "out", calibration="self", **SMALL)
     assert result.provenance["recipe"]["calibration"]["source"] == "self" and result.provenance["calibration"]["tokens"] > 16
+
+
+@pytest.mark.parametrize("target_name", ["compressed-tensors", "gguf", "safetensors"])
+@pytest.mark.parametrize("source", ["gguf", "gguf-q8_0", "compressed-tensors"])
+def test_what_was_quantized_before_can_be_quantized(source, target_name, model_folder, text_file, tmp_path, logits):
+    recipe = {"gguf": "float16", "gguf-q8_0": "q8_0", "compressed-tensors": "int8-channel-rtn"}[source]
+    first = quantize(model_folder("llama-tied"), recipe, tmp_path / ("first.gguf" if "gguf" in source else "first")).path
+    out = tmp_path / ("out.gguf" if target_name == "gguf" else "out")
+    progress = Notes()
+    result = run(first, "int4-sym-g32-gptq", out, text_file, target_name=target_name, progress=progress)
+    assert set(result.layers) >= set(matrices(model_folder("llama-tied")))
+    assert any("quantized already" in note for note in progress.notes) == (source != "gguf")
+    assert (logits(out) - logits(first)).std() < 0.5 * logits(first).std()
+    if target_name != "gguf":
+        assert transformers.AutoTokenizer.from_pretrained(out)("the fox")["input_ids"] == transformers.AutoTokenizer.from_pretrained(model_folder("llama"))("the fox")["input_ids"]
+
+
+def test_tensors_that_the_model_does_not_use_are_left_out_and_said(save_model, tmp_path):
+    folder = save_model("llama", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.mtp.weight": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    result = quantize(folder, "int4-g32-rtn", tmp_path / "out")
+    assert "model.mtp.weight" not in open_checkpoint(result.path).tensors
+    assert result.provenance["notes"] == ["LlamaForCausalLM does not use 1 tensors of the checkpoint, which are left out: model.mtp.weight."]
 
 
 # ---- rules

@@ -101,6 +101,13 @@ def test_blocks_whose_inputs_are_changed_in_between_are_refused(model_folder):
         streamer.record()
 
 
+def test_hidden_states_of_another_shape_are_refused(model_folder):
+    streamer = Streamer(sk.build(open_checkpoint(model_folder("llama"))), make_batches(False), dtype=torch.float32)
+    streamer.skeleton.text_config.hidden_size = 63
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM hands its blocks \[3, 24, 64\]; expected \[3, 24, 63\]"):
+        streamer.record()
+
+
 # ---- hidden states in files
 
 

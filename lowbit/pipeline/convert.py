@@ -1,0 +1,58 @@
+"""Another layout for a checkpoint that exists: the codes stay as they are."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from ..checkpoints import Checkpoint, open_checkpoint, target
+from ..checkpoints.gguf import supported, write_tokenizer
+from ..errors import JobError
+from ..models import skeleton as sk
+from ..models.linears import find_linears, outside_matrices
+from ..progress import SILENT, Progress
+from . import recipes, resources
+from .locate import locate
+from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, with_rounded, write
+
+
+def convert(path: str | Path, target_name: str, output: str | Path, *, outside: str | None = None, overwrite: bool = False, progress: Progress = SILENT) -> Path:
+    """Write a checkpoint in another layout; quantized matrices keep their codes (refused where the layout cannot hold them).
+
+    outside: a scheme for embedding and head ("q8_0"), which are otherwise kept. Streams tensor by tensor.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise JobError(f"{output} exists already. Choose another -o, or --overwrite.")
+    located = locate(path, progress=progress)
+    refuse_own_input(output, located)
+    kind = target(target_name)
+    checkpoint = open_checkpoint(located)
+    skeleton = sk.build(checkpoint)
+    if target_name == "gguf":
+        supported(checkpoint.config)
+    if outside is not None:
+        checkpoint = _round_outside(checkpoint, outside_matrices(skeleton), outside, target_name)
+    for name, entry in checkpoint.quantized.items():
+        kind.check(entry.scheme, entry.shape, name.removesuffix(".weight"))
+    if target_name == "safetensors" and checkpoint.quantized:
+        checkpoint = as_stored_dense(checkpoint, [x for index in range(len(skeleton.blocks)) for x in find_linears(skeleton, index)])
+    if checkpoint.provenance:
+        checkpoint = replace(checkpoint, provenance={**checkpoint.provenance, "converted_to": target_name})
+    resources.require_disk(output.absolute().parent, checkpoint.tensor_bytes, purpose="This conversion")
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
+        if checkpoint.kind == "gguf" and target_name != "gguf":
+            checkpoint = replace(checkpoint, files=write_tokenizer(located, Path(scratch)))
+        write(checkpoint, target_name, output, progress, overwrite=overwrite)
+    return output
+
+
+def _round_outside(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int]], words: str, target_name: str) -> Checkpoint:
+    recipe = replace(recipes.parse(f"{words}-rtn" if "rtn" not in words else words).recipe, target=target_name)
+    plans = recipes.resolve(replace(recipe, rules=(recipes.Rule("*", recipe.scheme, "rtn"),)), {}, shapes)
+    made = with_rounded(checkpoint, plans)
+    if not made.provenance:
+        return made
+    layers = {**made.provenance.get("layers", {}), **{name: rounded_record(plan, shapes[name]) for name, plan in plans.items()}}
+    return replace(made, provenance={**made.provenance, "layers": layers})

@@ -1,0 +1,123 @@
+"""Results on their way to disk: lazily rounded matrices, writing through a sibling, what goes wrong there in one paragraph."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from ..algorithms import algorithm
+from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
+from ..errors import JobError, ResourceError
+from ..models.linears import Linear
+from ..progress import Progress
+from ..tensor import QuantizedTensor
+from .job import temporary, work_folder
+from .recipes import LayerPlan
+
+CHUNK_BYTES = 32 << 20
+
+
+def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, whole: Callable[[], None] = lambda: None) -> None:
+    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it."""
+    kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
+    _delete(draft)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    if not kind.suffix:
+        draft.mkdir()
+    with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
+        try:
+            kind.write(checkpoint, draft, progress=advance)
+        except BaseException:
+            _delete(draft)
+            raise
+    whole()
+    _delete(old)
+    if output.exists() and overwrite:
+        os.replace(output, old)
+    os.replace(draft, output)
+    _delete(old)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def refuse_own_input(output: Path, model: Path) -> None:
+    """Raise JobError when writing the output would replace the model that is read."""
+    if model.resolve().is_relative_to(output.resolve()):
+        raise JobError(f"the output {output} is where the model itself is. Choose another -o.")
+
+
+@contextmanager
+def readable_errors(output: Path) -> Iterator[None]:
+    """Say in one paragraph what the system refuses; what is done so far stays where it is."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or output.absolute().parent}: {error.strerror or error}"
+        keep = f" What is done so far is kept in {work_folder(output)}: go on with --resume." if work_folder(output).exists() else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"There is no room for the output ({what}). Free some disk, or write elsewhere with -o.{keep}") from error
+        raise JobError(f"The output cannot be written or the model cannot be read ({what}).{keep}") from error
+
+
+def as_stored_dense(checkpoint: Checkpoint, linears: list[Linear]) -> Checkpoint:
+    """The checkpoint with the quantized matrices of Conv1D layers as dense ones, turned to [in, out] as their models store them."""
+    names = [linear.name for linear in linears if linear.transposed and linear.name in checkpoint.quantized]
+    dense = {name: _turned(checkpoint, name) for name in names}
+    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in dense}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **dense}, quantized=quantized)
+
+
+def _turned(checkpoint: Checkpoint, name: str) -> LazyTensor:
+    entry = checkpoint.quantized[name]
+    return LazyTensor(entry.shape[::-1], entry.dtype, lambda start, stop: checkpoint.dense(name).T[start:stop])
+
+
+def with_rounded(checkpoint: Checkpoint, plans: dict[str, LayerPlan]) -> Checkpoint:
+    """The checkpoint with some of its matrices (embedding, head) rounded as planned when they are read, a chunk of rows at a time."""
+    quantized = dict(checkpoint.quantized)
+    for name, plan in plans.items():
+        quantized[name] = _rounded(checkpoint.lazy(name), plan)
+    return replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n not in plans}, quantized=quantized)
+
+
+def _rounded(lazy: LazyTensor, plan: LayerPlan) -> LazyQuantized:
+    rows, columns = lazy.shape
+    whole = plan.scheme.block == (-1, -1)  # one scale for all rows: they are needed together
+    chunk = rows if whole else max(1, CHUNK_BYTES // (columns * 4))
+    dtype = str(lazy.dtype).removeprefix("torch.")
+
+    def some(start: int, stop: int) -> QuantizedTensor:
+        made = algorithm(plan.algorithm).run(lazy.read(start, min(stop, rows)), plan.scheme, None, plan.options, [])
+        return QuantizedTensor(plan.scheme, made.shape, dtype, made.parts)
+
+    def load() -> QuantizedTensor:
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, rows, chunk):
+            for key, value in some(start, start + chunk).parts.items():
+                parts.setdefault(key, []).append(value)
+        return QuantizedTensor(plan.scheme, (rows, columns), dtype, {key: torch.cat(values) for key, values in parts.items()})
+
+    return LazyQuantized(plan.scheme, (rows, columns), lazy.dtype, load, numerics.nbytes(plan.scheme, (rows, columns)), None if whole else some)
+
+
+def rounded_record(plan: LayerPlan, shape: tuple[int, int]) -> dict:
+    """The provenance of a matrix that with_rounded rounds."""
+    record = {"scheme": plan.scheme.name, "algorithm": plan.algorithm, "shape": list(shape), "bits_per_weight": round(numerics.bits_per_weight(plan.scheme, shape), 4)}
+    return {**record, "notes": list(plan.notes)} if plan.notes else record
+
+
+def dtype_name(checkpoint: Checkpoint, name: str) -> str:
+    entry = checkpoint.tensors.get(name) or checkpoint.quantized[name]
+    dtype = str(entry.dtype).removeprefix("torch.")
+    return dtype if dtype in ("float32", "float16", "bfloat16") else "float32"
