@@ -41,7 +41,7 @@ class GptqOptions:
     search: str = "mse"
     grid: int = 10
     max_shrink: float = 0.5
-    sweeps: int = 0
+    sweeps: int = 1
     refit: bool = False
 
     def __post_init__(self) -> None:

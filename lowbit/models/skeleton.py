@@ -184,7 +184,9 @@ def _refuse_missing(model, sources, wanted, checkpoint) -> None:
     _fill_ties(sources, tied)
     missing = [n for n in wanted if n not in sources and tied.get(n) not in sources]
     if missing:
-        raise CheckpointError(f"{checkpoint.path}: {len(missing)} of {len(wanted)} weights of {type(model).__name__} are not in the checkpoint, the first is {missing[0]}. It is incomplete or of another model.")
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} of {len(wanted)} weights of {type(model).__name__} are not in the checkpoint, the first is {missing[0]}. It is incomplete or of another model."
+        )
     shapes = checkpoint.shapes()
     for parameter, source in sources.items():
         name = source.flat()[0]

@@ -43,10 +43,7 @@ class Windows:
     def batches(self, tokens: int = MICRO_BATCH_TOKENS) -> list[Batch]:
         """Micro-batches of about so many tokens."""
         rows = max(1, tokens // self.ids.shape[1])
-        return [
-            Batch(self.ids[i : i + rows], None if self.mask is None else self.mask[i : i + rows])
-            for i in range(0, len(self.ids), rows)
-        ]
+        return [Batch(self.ids[i : i + rows], None if self.mask is None else self.mask[i : i + rows]) for i in range(0, len(self.ids), rows)]
 
 
 def default_text(part: str) -> str:

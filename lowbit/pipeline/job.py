@@ -72,9 +72,7 @@ class Job:
         key = json.loads(json.dumps(key, default=str))
         different = [name for name in key if stored.get(name) != key[name]]
         if different:
-            raise JobError(
-                f"{self.folder} holds another job: its {', '.join(different)} differ from this command's. Repeat the first command with --resume, or begin anew with --overwrite."
-            )
+            raise JobError(f"{self.folder} holds another job: its {', '.join(different)} differ from this command's. Repeat the first command with --resume, or begin anew with --overwrite.")
 
     def hidden_file(self, block: int) -> Path:
         """The file of the hidden states that block reads."""
@@ -104,10 +102,7 @@ class Job:
             handle = safe_open(self.folder / f"{part}.safetensors", framework="pt")
         except (SafetensorError, OSError) as error:
             raise JobError(f"{self.folder / part}.safetensors is damaged: {error}. Begin anew with --overwrite.") from error
-        return {
-            name: _lazy(handle, name, Scheme.from_dict(entry["scheme"]), tuple(entry["shape"]), entry["dtype"])
-            for name, entry in read_json(self.folder / f"{part}.json")["tensors"].items()
-        }
+        return {name: _lazy(handle, name, Scheme.from_dict(entry["scheme"]), tuple(entry["shape"]), entry["dtype"]) for name, entry in read_json(self.folder / f"{part}.json")["tensors"].items()}
 
     def finish(self) -> None:
         """Note that the output is whole under its temporary name."""

@@ -159,5 +159,3 @@ def _expert_layers(groups: list[InputGroup]) -> dict[tuple, list[InputGroup]]:
         if leader.expert is not None:
             layers.setdefault((leader.module, leader.parameter), []).append(group)
     return layers
-
-

@@ -36,7 +36,9 @@ def _download(name: str, progress: Progress) -> Path:
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{name} is neither a path here nor a model on the hub (or it is private: run `hf auth login`).") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{name} is no path here, and the Hugging Face hub cannot be reached ({type(error).__name__}). Give the path of a folder or a .gguf file, or try again with a network.") from error
+        raise CheckpointError(
+            f"{name} is no path here, and the Hugging Face hub cannot be reached ({type(error).__name__}). Give the path of a folder or a .gguf file, or try again with a network."
+        ) from error
 
 
 def load_tokenizer(checkpoint: Checkpoint, scratch: Path):

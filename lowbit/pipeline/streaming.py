@@ -11,6 +11,7 @@ In float32 the result equals the plain forward bit for bit (2e-6 for mixtures of
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -94,11 +95,8 @@ class Streamer:
 
     @torch.no_grad()
     def _run_text(self, ids: Tensor, mask: Tensor | None, probe) -> None:
-        with _Probes(self.skeleton.blocks, probe):
-            try:
-                self.skeleton.text(input_ids=ids, attention_mask=mask, use_cache=False)
-            except _Stop:
-                pass
+        with suppress(_Stop), _Probes(self.skeleton.blocks, probe):
+            self.skeleton.text(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def record(self, states: HiddenStates | None = None) -> None:
         """Run the model's own forward over all micro-batches with probes: fills self.calls, and states with the embeddings."""
@@ -113,9 +111,7 @@ class Streamer:
                 if index == 0 and states is not None:
                     states.write(number, hidden)
                 if index and hidden is not last[0]:
-                    raise ModelError(
-                        f"{type(self.skeleton.model).__name__} changes the hidden states between blocks {index - 1} and {index}, so it cannot be streamed block by block."
-                    )
+                    raise ModelError(f"{type(self.skeleton.model).__name__} changes the hidden states between blocks {index - 1} and {index}, so it cannot be streamed block by block.")
                 last[:] = [hidden]
                 calls.append(Call(args, kwargs))
                 if index == self.depth - 1:

@@ -185,7 +185,8 @@ def test_wrong_shape(name, save_model, tmp_path):
 
 
 def test_experts_that_cannot_be_watched_are_refused(tmp_path):
-    config = transformers.Llama4TextConfig(hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_local_experts=2, vocab_size=64)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "head_dim": 16, "vocab_size": 64}
+    config = transformers.Llama4TextConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="Llama4TextExperts runs its experts itself"):
         find_linears(build(tmp_path), 0)

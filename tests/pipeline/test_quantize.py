@@ -60,7 +60,7 @@ def test_every_architecture_goes_through(any_model, model_folder, text_file, tmp
         assert entry.shape == wanted[key] and entry.scheme.name == "int4-sym-g32"
         record = result.layers[key]
         assert record["shape"] == list(wanted[key]) and record["algorithm"] == "gptq" and 0 < record["weight_error"] < 0.2
-        if not record.get("tokens") == 0:
+        if record.get("tokens") != 0:
             assert record["output_error"] <= record["rtn_output_error"] * 1.05
     assert result.provenance["calibration"]["tokens"] == 4 * 32
     difference = logits(result.path) - logits(folder)
@@ -83,7 +83,10 @@ def test_the_codes_of_the_file_are_those_that_were_streamed(model_folder, text_f
     assert raw["model.layers.0.self_attn.q_proj.weight_packed"].shape == (64, 8)
 
 
-@pytest.mark.parametrize(("recipe", "target_name"), [("int4-sym-g32-rtn", "gguf"), ("q4_0", "gguf"), ("int8-channel-rtn", None), ("int3-sym-g48-rtn", "safetensors"), ("bf16", None), ("int2-tensor-rtn", None)])
+@pytest.mark.parametrize(
+    ("recipe", "target_name"),
+    [("int4-sym-g32-rtn", "gguf"), ("q4_0", "gguf"), ("int8-channel-rtn", None), ("int3-sym-g48-rtn", "safetensors"), ("bf16", None), ("int2-tensor-rtn", None)],
+)
 def test_rounding_needs_no_data(recipe, target_name, model_folder, tmp_path, logits):
     out = tmp_path / ("out.gguf" if target_name == "gguf" else "out")
     result = quantize(model_folder("llama"), recipe, out, target_name=target_name)
