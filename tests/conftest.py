@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+torch.set_num_threads(1)  # tensors are tiny here, and OpenMP threads that wait for each other on a busy machine take hundreds of times longer
+
 VOCABULARY = 320
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -210,7 +212,7 @@ class ForkServer:
     def __init__(self, folder: Path) -> None:
         self._log = folder / "child.log"
         root = str(Path(__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         self._process = subprocess.Popen([sys.executable, "-c", FORK_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def run(self, code: str, **values) -> dict:

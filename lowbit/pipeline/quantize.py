@@ -85,7 +85,7 @@ def quantize(
     seq_len: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
@@ -95,7 +95,7 @@ def quantize(
     model: a Hugging Face folder, a hub id, a GGUF file, or a transformers model (which is saved to a temporary folder first).
     recipe: a preset, a short form ("int4-asym-g128-gptq"), a TOML file or a Recipe; None: the target's default.
     output: a new folder (or .gguf file); None: MODEL-RECIPE in the current folder. target_name: compressed-tensors, gguf or safetensors.
-    calibration, n_samples, seq_len: override the recipe's. dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
+    calibration, n_samples, seq_len, seed: override the recipe's. dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
     resume: go on with a job that was stopped; the result has the bytes of an undisturbed run.
     Raises LowbitError (a subclass says of what kind) before any work on bad input; earlier results are left as they are.
     """
@@ -156,17 +156,23 @@ def _set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, p
     skeleton = sk.build(checkpoint)
     linears = [find_linears(skeleton, index) for index in range(len(skeleton.blocks))]
     shapes = {linear.name: linear.shape for block in linears for linear in block}
+    if not shapes:
+        raise ModelError(f"{type(skeleton.model).__name__}: its blocks hold no linear layer that lowbit knows.")
     outside = outside_matrices(skeleton)
     recipe, notes = recipes.settle(draft, shapes, dtype_name(checkpoint, next(iter(shapes))))
     if recipe.target == "compressed-tensors" and any(linear.transposed for block in linears for linear in block):
-        notes.append(f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which the programs that read compressed-tensors do not handle: lowbit reads the result; for others write GGUF or safetensors.")
+        notes.append(
+            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which the programs that read compressed-tensors do not handle: "
+            "lowbit reads the result; for others write GGUF or safetensors."
+        )
     if any(name in checkpoint.quantized for name in shapes):
         notes.append("This checkpoint is quantized already; what is lost comes on top of what was lost before.")
     if skeleton.unused:
-        notes.append(f"{type(skeleton.model).__name__} does not use {len(skeleton.unused)} tensors of the checkpoint, which are left out: {', '.join(skeleton.unused[:3])}{', ...' if len(skeleton.unused) > 3 else ''}.")
+        some = ", ".join(skeleton.unused[:3]) + (", ..." if len(skeleton.unused) > 3 else "")
+        notes.append(f"{type(skeleton.model).__name__} does not use {len(skeleton.unused)} tensors of the checkpoint, which are left out: {some}.")
     for note in notes:
         progress.note(note)
-    recipe = replace(recipe, seed=seed, calibration=_override(recipe.calibration, skeleton, calibration, n_samples, seq_len))
+    recipe = replace(recipe, seed=recipe.seed if seed is None else seed, calibration=_override(recipe.calibration, skeleton, calibration, n_samples, seq_len))
     if recipe.target == "gguf":
         from ..checkpoints.gguf import supported
 
@@ -356,10 +362,8 @@ class _BlockWorker:
         with collector.collect(stage, self.setup.needs, masks):
             for number, batch in enumerate(self.streamer.batches):
                 masks[0] = batch.mask
-                try:
+                with suppress(StopBlock):
                     self.streamer.run_block(block, index, number, source.read(number, self.streamer.device))
-                except StopBlock:
-                    pass
                 advance(1)
 
     def _groups(self, collector: Collector, linears: list[Linear], index: int, block, source: HiddenStates) -> list[InputGroup]:
@@ -436,5 +440,5 @@ def _log_file(output: Path) -> Iterator[None]:
 class _LogHandler(logging.FileHandler):
     """A log that is silent when it cannot be written: the work itself says that the disk is full."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging calls it so)
         pass

@@ -130,6 +130,16 @@ def test_killed_again_and_again(dense, tmp_path, assert_same):
     assert_same(reference, tmp_path / "out")
 
 
+def test_on_two_threads(dense, tmp_path, assert_same):
+    two = "import torch; torch.set_num_threads(2)\n"
+    assert dense.run(tmp_path / "a", two)["status"] == 0
+    assert dense.run(tmp_path / "b", two + POINTS["block 0 is done"])["status"] == -signal.SIGKILL
+    with pytest.raises(JobError, match="its threads differ"):  # sums are taken in another order
+        again(dense, tmp_path / "b")
+    assert dense.run(tmp_path / "b", two, resume=True)["status"] == 0
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
 def test_a_kill_while_an_older_output_is_replaced(dense, tmp_path, assert_same):
     reference = dense.undisturbed(tmp_path)
     for number, kill in enumerate(["die_at(os, 'replace', OLD)", "die_at(os, 'replace', OLD, after=True)"]):
