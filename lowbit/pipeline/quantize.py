@@ -351,6 +351,7 @@ class _BlockWorker:
                 records |= record
                 self.peak.look()
                 group.stats.hessian = None
+                resources.release_memory()
         if goal is not None:
             streamer.run(block, index, source, goal, tick=advance)
         else:
