@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from rich.table import Table
 
 from ..progress import Progress
 
-out = Console()
+# A pipe or a file has no width: tables are then as wide as they need.
+out = Console() if sys.stdout.isatty() else Console(width=int(os.environ.get("COLUMNS", 160)))
 err = Console(stderr=True)
 
 

@@ -341,11 +341,12 @@ def plan(
     if as_json:
         print_json(asdict(made))
         return
-    shown = table("recipe", "written as", "weights MB", "bits/w", "KV cache MB", "overhead MB", "total MB", "fits")
+    shown = table("recipe", "weights MB", "bits/w", "KV MB", "overhead", "total MB", "fits")
     for row in made.rows:
         mark = "" if row.exact else "~"
-        cells = (f"{mark}{row.weights_bytes / 1e6:,.1f}", f"{row.bits_per_weight:.2f}", f"{row.kv_cache_bytes / 1e6:,.1f}", f"{row.overhead_bytes / 1e6:,.1f}", f"{row.total_bytes / 1e6:,.1f}")
-        shown.add_row(row.recipe, row.target, *cells, "[green]yes[/]" if row.fits else "[red]no[/]")
+        sizes = [f"{size / 1e6:,.1f}" for size in (row.weights_bytes, row.kv_cache_bytes, row.overhead_bytes, row.total_bytes)]
+        cells = (mark + sizes[0], f"{row.bits_per_weight:.2f}", *sizes[1:])
+        shown.add_row(row.recipe, *cells, "[green]yes[/]" if row.fits else "[red]no[/]")
     out.print(f"[bold]{_escape(made.name)}[/]  {made.architecture}, {made.parameters:,} parameters; context {made.context:,}; memory {made.memory_bytes / 1e9:.1f} GB", highlight=False)
     out.print(shown)
     out.print("Weights are exact for the files that lowbit writes; ~ marks estimates, and overhead always is one.", style="dim", highlight=False)
