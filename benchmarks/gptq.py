@@ -97,7 +97,11 @@ def losses(a: argparse.Namespace, scratch: str) -> dict:
     import lowbit
 
     table = lowbit.compare([f"{scratch}/ours", f"{scratch}/peer"], against=a.model, names=["original", "lowbit", "llm-compressor"], text=a.evaluation, ctx=LENGTH, n_windows=a.windows)
-    return {row.name: {"perplexity": row.summaries["llama.cpp"].perplexity.value, "kl": None if not row.summaries["llama.cpp"].kl_mean else vars(row.summaries["llama.cpp"].kl_mean), "file_bytes": row.size.file_bytes} for row in table.rows}
+    found = {}
+    for row in table.rows:
+        summary = row.summaries["llama.cpp"]
+        found[row.name] = {"perplexity": summary.perplexity.value, "kl": vars(summary.kl_mean) if summary.kl_mean else None, "file_bytes": row.size.file_bytes}
+    return found
 
 
 def machine() -> str:
@@ -119,7 +123,8 @@ def commit() -> str:
 def report(runs: dict, loss: dict) -> None:
     for name, found in runs.items():
         seconds = sorted(run["seconds"] for run in found)
-        print(f"{name:16} {seconds[0]:7.1f} to {seconds[-1]:.1f} s   peak RSS {max(r['peak_rss_bytes'] for r in found) / 1e9:.2f} GB   KL {loss[name]['kl']['value']:.4f}   perplexity {loss[name]['perplexity']:.2f}")
+        memory = max(run["peak_rss_bytes"] for run in found) / 1e9
+        print(f"{name:16} {seconds[0]:7.1f} to {seconds[-1]:.1f} s   peak RSS {memory:.2f} GB   KL {loss[name]['kl']['value']:.4f}   perplexity {loss[name]['perplexity']:.2f}")
     ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(runs["lowbit"], runs["llm-compressor"], strict=True)]
     print(f"time ratio, run by run: {', '.join(f'{r:.2f}' for r in ratios)}; original perplexity {loss['original']['perplexity']:.2f}")
 

@@ -27,6 +27,7 @@ from .parallel import over_rows
 
 ORDERS = ("natural", "activation", "groups")
 MAX_DAMP = 1.0
+DAMP_STEP = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class GptqOptions:
             raise RecipeError(f"damp is {self.damp}; expected 0 to {MAX_DAMP}, usually 0.01.")
         if self.sweeps < 0:
             raise RecipeError(f"sweeps is {self.sweeps}; expected 0 or more.")
+        _ = self.range_search  # which checks its own
 
     @property
     def range_search(self) -> RangeSearch:
@@ -115,7 +117,7 @@ def factorize(H: Tensor, scheme: Scheme, options: GptqOptions) -> Factor | None:
             return Factor(order, U, damped, dead, damp, notes)
         if damp >= MAX_DAMP:
             return None
-        damp = min(MAX_DAMP, max(damp * 10, 1e-4))
+        damp = min(MAX_DAMP, max(damp * DAMP_STEP, 1e-4))
 
 
 def _column_order(diagonal: Tensor, scheme: Scheme, options: GptqOptions) -> Tensor:

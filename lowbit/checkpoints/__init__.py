@@ -61,7 +61,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if len(ggufs) == 1:
             return gguf.open_file(ggufs[0])
         raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files; name one of them, e.g. {ggufs[0]}.")
-    method = (safetensors.read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+    method = safetensors.quant_method(safetensors.read_json(path / "config.json"), path)
     if method is None:
         return safetensors.open_folder(path)
     if method == "compressed-tensors":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from .. import numerics
 from ..scheme import Scheme
 from ..tensor import QuantizedTensor
 
+CHUNK_BYTES = 32 << 20  # of a matrix that is worked on some rows at a time
+
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A dense tensor that is not loaded yet. read(start, stop) gives rows of its first axis (of a scalar: all of it).
+    """A dense tensor that is not loaded yet. read(start, stop) gives rows of its first axis (of a scalar: all of it), in memory of their own.
 
     stored_bytes: what it takes in the file where that is not shape x dtype (a quantized type that is decoded when read).
     """
@@ -28,6 +30,13 @@ class LazyTensor:
 
     def load(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        """All rows in turn, about chunk_bytes of them at a time; nothing of an empty tensor."""
+        rows = self.shape[0] if self.shape else 1
+        step = max(1, chunk_bytes * rows // max(1, self.numel * self.dtype.itemsize))
+        for start in range(0, rows if self.numel else 0, step):
+            yield self.read(start, min(start + step, rows))
 
     @property
     def nbytes(self) -> int:

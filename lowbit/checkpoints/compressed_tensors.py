@@ -84,8 +84,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
     with safetensors.ShardWriter(folder, entries=len(checkpoint.tensors) + len(_PARTS) * len(checkpoint.quantized)) as writer:
         for name in names:
             for key, tensor in _stored(checkpoint, name).items():
-                writer.add(key, tensor)
-                progress(tensor.numel() * tensor.element_size())
+                progress(writer.add(key, tensor))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     if section := quantization_config(checkpoint):
         config["quantization_config"] = section
@@ -99,9 +98,9 @@ def natural_key(name: str) -> str:
     return re.sub(r"\d+", lambda digits: digits.group().zfill(8), name)
 
 
-def _stored(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+def _stored(checkpoint: Checkpoint, name: str) -> dict[str, Tensor | LazyTensor]:
     if name in checkpoint.tensors:
-        return {name: checkpoint.tensors[name].load()}
+        return {name: checkpoint.tensors[name]}
     qt = checkpoint.quantized[name].load()
     if qt.scheme.format != INT:
         return {name: qt.parts["weight"]}

@@ -30,7 +30,7 @@ from ..errors import CheckpointError, RecipeError, ShapeError
 from ..numerics import ggml
 from ..scheme import CASTS, INT, Scheme
 from ..tensor import QuantizedTensor
-from . import gguf_arch, gguf_tokenizer
+from . import gguf_arch, gguf_other, gguf_tokenizer
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .gguf_arch import ROPE_TENSORS, Arch, Place
 
@@ -111,12 +111,17 @@ def open_file(path: Path) -> Checkpoint:
     """Open a GGUF file (of a split one, any of its parts) lazily, under Hugging Face names and in Hugging Face's layout.
 
     Block types of numerics.ggml become LazyQuantized; other quantized types (IQ*, TQ*, MXFP4) are decoded to float16 when read, as are
-    matrices that Hugging Face stores transposed (GPT-2). files is empty: the tokenizer is inside, see write_tokenizer.
+    matrices that Hugging Face stores transposed (GPT-2) and everything in architectures without an entry in gguf_arch. files is empty: the tokenizer is inside, see write_tokenizer.
     """
     header = read_header(path)
-    arch, metadata = _arch(header), _Metadata(header)
+    metadata, name = _Metadata(header), header.get("general.architecture")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path}: the metadata lacks general.architecture; the file is not a model.")
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(f"{path} holds no token_embd.weight; it is not a whole language model.")
+    arch = gguf_arch.find_named(name, metadata)
+    if arch is None:
+        return _open_other(header, name, metadata)
     config = _config(header, arch, metadata)
     tensors: dict[str, LazyTensor] = {}
     quantized: dict[str, LazyQuantized] = {}
@@ -128,11 +133,16 @@ def open_file(path: Path) -> Checkpoint:
     return Checkpoint("gguf", path, config, tensors, quantized, provenance=_provenance(header))
 
 
-def _arch(header: Header) -> Arch:
-    name = header.get("general.architecture")
-    if not isinstance(name, str):
-        raise CheckpointError(f"{header.path}: the metadata lacks general.architecture; the file is not a model.")
-    return gguf_arch.find_named(name, _Metadata(header))
+def _open_other(header: Header, name: str, metadata: Mapping) -> Checkpoint:
+    """A file of an architecture without an entry in gguf_arch, decoded when read."""
+    reader = gguf_other.Reader(header.path, name, metadata, header.tensors)
+    tensors = {}
+    for info in header.tensors.values():
+        their_name, shape, arrange = reader.tensor(info.name, info.shape)
+        dense = _dense(info)
+        whole = lambda start, stop, dense=dense, arrange=arrange: arrange(dense.load())[start:stop]
+        tensors[their_name] = dense if arrange is None else LazyTensor(shape, dense.dtype, whole, info.nbytes)
+    return Checkpoint("gguf", header.path, {**reader.config, "dtype": _model_dtype(header)}, tensors, provenance=_provenance(header))
 
 
 def _config(header: Header, arch: Arch, metadata: Mapping) -> dict:
@@ -191,6 +201,8 @@ def _entry(info: TensorInfo, arch: Arch, config: Mapping) -> LazyTensor | LazyQu
         order = _unpermute(info, gguf_arch.heads(arch, leaf, config))
     if leaf in arch.transposed and suffix == "weight":
         return _transposed(_dense(info, order))
+    if leaf in arch.flat:
+        info = TensorInfo(info.name, info.type_id, (1, *info.shape), info.rows.reshape(1, -1))
     if info.type_id in _BLOCK_NAMES and len(info.shape) == 2:
         return _quantized(info, order)
     shift = arch.norm_shift if info.name.endswith("norm.weight") else 0.0
@@ -617,7 +629,7 @@ def _piece(checkpoint: Checkpoint, arch: Arch, config: Mapping, place: Place, na
         return ggml.BLOCK_TYPES[type_name].type_id, entry.shape, rows
     dense = entry if entry is not None else checkpoint.tensors[name]
     transposed = place.leaf in arch.transposed and weight and entry is None
-    shape = dense.shape[::-1] if transposed else dense.shape
+    shape = dense.shape[::-1] if transposed else dense.shape[1:] if place.leaf in arch.flat else dense.shape
     dtype = getattr(torch, entry.scheme.format) if entry is not None else dense.dtype
     if len(shape) == 1 or not weight or place.leaf.endswith("norm") or place.leaf in ("ffn_gate_inp", "position_embd"):
         dtype = torch.float32
@@ -627,7 +639,7 @@ def _piece(checkpoint: Checkpoint, arch: Arch, config: Mapping, place: Place, na
 
     def load() -> Tensor:
         values = entry.load().parts["weight"] if entry is not None else dense.load()
-        values = (values.T if transposed else values).to(dtype)
+        values = (values.T if transposed else values).to(dtype).view(shape)
         return _rows(values + shift if shift else values, n_heads, name)
 
     return _DENSE_IDS[dtype], tuple(shape), load

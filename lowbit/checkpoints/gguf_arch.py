@@ -28,6 +28,17 @@ _DECODER = {
 }
 _MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.{e}.gate_proj": "ffn_gate_exps",
+    "mlp.experts.{e}.up_proj": "ffn_up_exps",
+    "mlp.experts.{e}.down_proj": "ffn_down_exps",
+}
+_GEMMA_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 # (GGUF key without the architecture, key of config.json, type)
@@ -41,6 +52,11 @@ _KEYS = (
     ("attention.layer_norm_rms_epsilon", "rms_norm_eps", "f32"),
 )
 _HEAD_DIM = (("attention.key_length", "head_dim", "u32"), ("attention.value_length", "head_dim", "u32"))
+_EXPERT_KEYS = (
+    ("expert_count", "num_experts", "u32"),
+    ("expert_used_count", "num_experts_per_tok", "u32"),
+    ("expert_feed_forward_length", "moe_intermediate_size", "u32"),
+)
 _GPT2_KEYS = (
     ("block_count", "n_layer", "u32"),
     ("context_length", "n_positions", "u32"),
@@ -59,7 +75,7 @@ class Arch:
     outer, layer: tensor names, Hugging Face -> GGUF; {e} stands for the number of an expert (GGUF stacks experts into one tensor).
     keys: metadata <-> config. fixed: config values that llama.cpp assumes (the first is assumed when reading).
     ropes: rope types it can express. permuted: matrices whose rows are reordered per head. norm_shift: added to norm weights.
-    transposed: matrices that Hugging Face stores [in, out]. activation: the config key and the functions that are the same as llama.cpp's.
+    transposed: matrices that Hugging Face stores [in, out]. flat: of one row, which a GGUF holds as a vector. activation: the config key and the functions that are the same as llama.cpp's.
     """
 
     name: str
@@ -73,6 +89,7 @@ class Arch:
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     permuted: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
     norm_shift: float = 0.0
     tied: bool = False
 
@@ -113,35 +130,57 @@ ARCHS: dict[str, Arch] = {
             "qwen3moe",
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
+            {**_DECODER, **_QK_NORM, **_EXPERTS},
+            keys=(*_KEYS, *_HEAD_DIM, *_EXPERT_KEYS),
+            fixed={"hidden_act": ("silu",), "norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+        ),
+        Arch(
+            "qwen2moe",
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
             {
                 **_DECODER,
-                **_QK_NORM,
-                "mlp.gate": "ffn_gate_inp",
-                "mlp.experts.{e}.gate_proj": "ffn_gate_exps",
-                "mlp.experts.{e}.up_proj": "ffn_up_exps",
-                "mlp.experts.{e}.down_proj": "ffn_down_exps",
+                **_EXPERTS,
+                "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+                "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+                "mlp.shared_expert.up_proj": "ffn_up_shexp",
+                "mlp.shared_expert.down_proj": "ffn_down_shexp",
             },
+            keys=(*_KEYS, *_EXPERT_KEYS, ("expert_shared_feed_forward_length", "shared_expert_intermediate_size", "u32")),
+            fixed={"hidden_act": ("silu",), "norm_topk_prob": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+            flat=("ffn_gate_inp_shexp",),
+        ),
+        Arch(
+            "gemma2",
+            "gemma2",
+            "Gemma2ForCausalLM",
+            {**_DECODER, **_MLP, **_GEMMA_NORMS},
             keys=(
                 *_KEYS,
                 *_HEAD_DIM,
-                ("expert_count", "num_experts", "u32"),
-                ("expert_used_count", "num_experts_per_tok", "u32"),
-                ("expert_feed_forward_length", "moe_intermediate_size", "u32"),
+                ("attention.sliding_window", "sliding_window", "u32"),
+                ("attn_logit_softcapping", "attn_logit_softcapping", "f32"),
+                ("final_logit_softcapping", "final_logit_softcapping", "f32"),
             ),
-            fixed={"hidden_act": ("silu",), "norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+            fixed={"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, False)},
+            ropes=("default", "linear"),
+            norm_shift=1.0,
+            tied=True,
+        ),
+        Arch(
+            "starcoder2",
+            "starcoder2",
+            "Starcoder2ForCausalLM",
+            {**_DECODER, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+            keys=(*(key for key in _KEYS if key[1] != "rms_norm_eps"), ("attention.layer_norm_epsilon", "norm_epsilon", "f32")),
+            fixed={"hidden_act": ("gelu_pytorch_tanh",)},
+            tied=True,
         ),
         Arch(
             "gemma3",
             "gemma3_text",
             "Gemma3ForCausalLM",
-            {
-                **_DECODER,
-                **_QK_NORM,
-                **_MLP,
-                "post_attention_layernorm": "post_attention_norm",
-                "pre_feedforward_layernorm": "ffn_norm",
-                "post_feedforward_layernorm": "post_ffw_norm",
-            },
+            {**_DECODER, **_QK_NORM, **_MLP, **_GEMMA_NORMS},
             keys=(
                 *_KEYS,
                 *_HEAD_DIM,
@@ -221,14 +260,10 @@ def find(config: dict) -> Arch:
     return arch
 
 
-def find_named(name: str, metadata: Mapping[str, object]) -> Arch:
-    """The architecture of a GGUF file, or CheckpointError naming those there are."""
+def find_named(name: str, metadata: Mapping[str, object]) -> Arch | None:
+    """The architecture of a GGUF file; None for one that has no entry."""
     experts = bool(metadata.get(f"{name}.expert_count"))
-    for arch in ARCHS.values():
-        if arch.name == name and arch.experts == experts:
-            return arch
-    known = ", ".join(sorted({arch.name for arch in ARCHS.values()}))
-    raise CheckpointError(f"GGUF architecture {name!r}{' with experts' if experts else ''} is not read by this version; it reads {known}.")
+    return next((arch for arch in ARCHS.values() if arch.name == name and arch.experts == experts), None)
 
 
 @dataclass(frozen=True)
@@ -314,17 +349,21 @@ def _refuse(arch: Arch, config: dict) -> None:
     for key, allowed in arch.fixed.items():
         if config.get(key, allowed[0]) not in allowed:
             raise CheckpointError(f"the config says {key} = {config[key]!r}; llama.cpp computes {arch.name} with {allowed[0]!r} and has no setting for it.")
-    if arch.name != "gemma3":
+    if arch.name not in _GEMMAS:
         return
-    layers, head_dim = config["num_hidden_layers"], config["head_dim"]
-    if config["layer_types"] != ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)]:
-        raise CheckpointError("llama.cpp computes gemma3 with global attention in every sixth layer; the config's layer_types are others.")
-    if config["query_pre_attn_scalar"] != _attention_scalar(layers, head_dim, config["hidden_size"], config["num_attention_heads"]):
-        raise CheckpointError(f"the config says query_pre_attn_scalar = {config['query_pre_attn_scalar']}; llama.cpp computes gemma3 with head_dim = {head_dim}.")
+    period = _GEMMAS[arch.name][0]
+    if config["layer_types"] != ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(config["num_hidden_layers"])]:
+        raise CheckpointError(f"llama.cpp computes {arch.name} with global attention in layers {period}, {2 * period}, ...; the config's layer_types are others.")
+    if config["query_pre_attn_scalar"] != _attention_scalar(arch, config):
+        raise CheckpointError(f"the config says query_pre_attn_scalar = {config['query_pre_attn_scalar']}; llama.cpp computes {arch.name} with {_attention_scalar(arch, config)}.")
 
 
-def _attention_scalar(layers: int, head_dim: int, hidden: int, n_heads: int) -> int:
-    return hidden // n_heads if layers == 62 else head_dim  # llama.cpp knows the 27B model by its 62 layers
+# Every how many layers attention is global, and the layers of the 27B model, by which llama.cpp knows it.
+_GEMMAS = {"gemma2": (2, 46), "gemma3": (6, 62)}
+
+
+def _attention_scalar(arch: Arch, config: Mapping) -> int:
+    return config["hidden_size"] // config["num_attention_heads"] if config["num_hidden_layers"] == _GEMMAS[arch.name][1] else config["head_dim"]
 
 
 def _rope_metadata(arch: Arch, config: dict) -> dict[str, Value]:
@@ -399,13 +438,15 @@ def config_from(arch: Arch, values: Mapping[str, object], names: Iterable[str], 
     for key, name, kind in arch.keys:
         value = values.get(f"{arch.name}.{key}")
         if value is not None:
-            config[name] = _shortest(value) if kind == "f32" else value
+            config[name] = shortest(value) if kind == "f32" else value
     missing = [key for key, name, kind in arch.keys if name not in config and key in _REQUIRED]
     if missing:
         raise CheckpointError(f"the metadata lacks {arch.name}.{missing[0]}; llama.cpp would not load this file either.")
     config.update({key: allowed[0] for key, allowed in arch.fixed.items()})
     config["vocab_size"] = rows
     config["tie_word_embeddings"] = "output.weight" not in names
+    if arch.name == "starcoder2":
+        config["use_bias"] = "blk.0.attn_q.bias" in names
     if arch.name in ("llama", "qwen3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in names
     if arch.model_type == "llama":
@@ -413,12 +454,11 @@ def config_from(arch: Arch, values: Mapping[str, object], names: Iterable[str], 
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{ours}_token_id"] = values.get(f"tokenizer.ggml.{theirs}_token_id")
     config.update(_rope_config(arch, values, config, rope_data))
-    if arch.name == "gemma3":
+    if arch.name in _GEMMAS:
         config["head_dim"] = config.get("head_dim") or 256
-        config["query_pre_attn_scalar"] = _attention_scalar(
-            config["num_hidden_layers"], config["head_dim"], config["hidden_size"], config["num_attention_heads"]
-        )
-        config["rope_local_base_freq"] = _shortest(values.get("gemma3.rope.freq_base_swa", 10000.0))
+        config["query_pre_attn_scalar"] = _attention_scalar(arch, config)
+    if arch.name == "gemma3":
+        config["rope_local_base_freq"] = shortest(values.get("gemma3.rope.freq_base_swa", 10000.0))
     if arch.name == "phi3":
         config["sliding_window"] = values.get("phi3.attention.sliding_window") or None
     return config
@@ -427,7 +467,7 @@ def config_from(arch: Arch, values: Mapping[str, object], names: Iterable[str], 
 _REQUIRED = {key for key, _, _ in (*_KEYS, *_GPT2_KEYS)} - {"attention.head_count_kv"}
 
 
-def _shortest(value: object) -> float:
+def shortest(value: object) -> float:
     """The shortest decimal number that is this float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
@@ -438,7 +478,7 @@ def _rope_config(arch: Arch, values: Mapping[str, object], config: Mapping, rope
         return {}
     get = lambda key: values.get(f"{arch.name}.{key}")
     # llama.cpp's default; Gemma 3's converter wrote 1e6 where a config did not say.
-    result: dict = {"rope_theta": _shortest(get("rope.freq_base") or (1e6 if arch.name == "gemma3" else 10000.0))}
+    result: dict = {"rope_theta": shortest(get("rope.freq_base") or (1e6 if arch.name == "gemma3" else 10000.0))}
     dimensions, per_head = get("rope.dimension_count"), config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if arch.name == "phi3" and dimensions and dimensions != per_head:
         result["partial_rotary_factor"] = dimensions / per_head
@@ -447,15 +487,15 @@ def _rope_config(arch: Arch, values: Mapping[str, object], config: Mapping, rope
         result["rope_scaling"] = _scaling_of_factors(rope_data[ROPE_TENSORS[0]], result["rope_theta"], config)
     elif ROPE_TENSORS[1] in rope_data and ROPE_TENSORS[2] in rope_data:
         result["rope_scaling"] = {"rope_type": "longrope"} | {
-            f"{k}_factor": [_shortest(x) for x in rope_data[f"rope_factors_{k}.weight"].tolist()] for k in ("short", "long")
+            f"{k}_factor": [shortest(x) for x in rope_data[f"rope_factors_{k}.weight"].tolist()] for k in ("short", "long")
         }
         if get("rope.scaling.attn_factor") is not None:
-            result["rope_scaling"]["attention_factor"] = _shortest(get("rope.scaling.attn_factor"))
+            result["rope_scaling"]["attention_factor"] = shortest(get("rope.scaling.attn_factor"))
     elif kind in ("linear", "yarn") and get("rope.scaling.factor"):
-        result["rope_scaling"] = {"rope_type": kind, "factor": _shortest(get("rope.scaling.factor"))}
+        result["rope_scaling"] = {"rope_type": kind, "factor": shortest(get("rope.scaling.factor"))}
         if kind == "yarn":
             result["rope_scaling"]["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
-            result["rope_scaling"].update({name: _shortest(get(key)) for name, key in _YARN if get(key) is not None})
+            result["rope_scaling"].update({name: shortest(get(key)) for name, key in _YARN if get(key) is not None})
     return result
 
 
@@ -463,14 +503,14 @@ def _scaling_of_factors(factors: Tensor, theta: float, config: Mapping) -> dict:
     """rope_scaling of the divisors that a file stores: llama 3's own settings if they give these numbers, else the numbers themselves."""
     rope = {
         "rope_type": "llama3",
-        "factor": _shortest(factors.max().item()),
+        "factor": shortest(factors.max().item()),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
     if torch.allclose(llama3_factors({**rope, "rope_theta": theta}, 2 * len(factors)), factors, rtol=1e-5):
         return rope
-    numbers = [_shortest(x) for x in factors.tolist()]
+    numbers = [shortest(x) for x in factors.tolist()]
     return {
         "rope_type": "longrope",
         "short_factor": numbers,

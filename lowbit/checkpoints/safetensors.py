@@ -1,7 +1,8 @@
 """Hugging Face folders of safetensors: reading one or many shards lazily, writing shards with an index.
 
-Files are opened memory-mapped by the safetensors library, which checks header, offsets and sizes. Pickled weights
-(pytorch_model.bin) are refused.
+The safetensors library checks header, offsets and sizes when a file is opened; tensors are then copied out of a read-only mapping
+(its own reader for torch maps files writable, which a memory limit counts as if they were loaded). Pickled weights (pytorch_model.bin)
+are refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -59,17 +61,23 @@ def read_json(path: Path) -> dict:
     return data
 
 
+def quant_method(config: dict, path: Path) -> str | None:
+    """What a config.json says that its model is quantized with; None: it is not. Raises CheckpointError for a section that is no object."""
+    section = config.get("quantization_config") or {}
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config is {section!r}; expected an object.")
+    return section.get("quant_method")
+
+
 def open_tensors(path: Path) -> dict[str, LazyTensor]:
     """All tensors of a folder's shards, lazily, by name."""
     tensors: dict[str, LazyTensor] = {}
     for shard, names in _shards(path).items():
-        handle = _open_shard(shard)
-        stored = handle.keys()
+        stored = open_file(shard)
         missing = set(names or ()) - set(stored)
         if missing:
             raise CheckpointError(f"{shard}: the index lists {sorted(missing)[0]!r} in this shard, which does not hold it. The download is incomplete or mixed up.")
-        for name in names or stored:
-            tensors[name] = _lazy(handle, name, shard)
+        tensors.update({name: stored[name] for name in names or stored})
     return tensors
 
 
@@ -105,29 +113,37 @@ def inside(folder: Path, name: str) -> Path:
     return target
 
 
-def _open_shard(shard: Path):
+def open_file(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file, lazily, in the order of their names; CheckpointError for a damaged file or an unknown dtype."""
     try:
-        return safe_open(shard, framework="pt", device="cpu")
+        with safe_open(path, framework="np"):  # raises on anything odd in the header
+            pass
+        data = np.memmap(path, dtype=np.uint8, mode="r")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{shard} is not a whole safetensors file ({os.path.getsize(shard):,} bytes): {error}. Download or copy it again.") from error
+        raise CheckpointError(f"{path} is not a whole safetensors file ({os.path.getsize(path):,} bytes): {error}. Download or copy it again.") from error
+    first = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:first].tobytes())
+    return {name: _lazy(data[first:], header[name], name, path) for name in sorted(header) if name != "__metadata__"}
 
 
-def _lazy(handle, name: str, shard: Path) -> LazyTensor:
-    view = handle.get_slice(name)
-    shape, dtype = tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
+def _lazy(data: np.ndarray, entry: dict, name: str, path: Path) -> LazyTensor:
+    """data: the file behind its header, uint8, mapped. entry: what the header says of this tensor."""
+    shape, dtype, (begin, end) = tuple(entry["shape"]), _DTYPES.get(entry["dtype"]), entry["data_offsets"]
     if dtype is None:
-        raise CheckpointError(f"{shard}: tensor {name!r} has dtype {view.get_dtype()}, which lowbit does not read.")
+        raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which lowbit does not read.")
+    row = (end - begin) // shape[0] if shape and shape[0] else end - begin
 
     def read(start: int, stop: int) -> Tensor:
-        if not shape or (start == 0 and stop >= shape[0]):
-            return handle.get_tensor(name)
-        return handle.get_slice(name)[start:stop]
+        start, stop = (min(max(0, start), shape[0]), min(stop, shape[0])) if shape else (0, 1)
+        values = np.array(data[begin + start * row : begin + max(start, stop) * row])
+        wanted = (max(0, stop - start), *shape[1:]) if shape else ()
+        return torch.from_numpy(values).view(dtype).view(wanted) if values.size else torch.empty(wanted, dtype=dtype)
 
     return LazyTensor(shape, dtype, read)
 
 
 class ShardWriter:
-    """Streams tensors in the order given into shards of at most max_bytes, then writes the index; never holds more than one tensor.
+    """Streams tensors in the order given into shards of at most max_bytes, then writes the index; of lazy ones only some rows are held.
 
     A header stands before the data and is known only after it, so room for it is kept free: entries is the number of tensors to
     expect (an estimate; a full header only begins a new shard). Nothing has its final name before close(). Same tensors, same bytes.
@@ -150,10 +166,9 @@ class ShardWriter:
         elif self._file:
             self._file.close()
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor."""
-        data = tensor.contiguous()
-        size = data.numel() * data.element_size()
+    def add(self, name: str, tensor: Tensor | LazyTensor) -> int:
+        """Append one tensor; returns its bytes."""
+        size = tensor.numel * tensor.dtype.itemsize if isinstance(tensor, LazyTensor) else tensor.nbytes
         entry = len(json.dumps(name)) + 160
         if self._file and (self._offset + size > self.max_bytes or self._header_bytes + entry > self._room):
             self._finish_shard()
@@ -162,27 +177,29 @@ class ShardWriter:
         self._header_bytes += entry
         self.total_bytes += size
         if size % 8:  # readers want every tensor aligned to its dtype and the format allows no holes: odd sizes go last
-            self._odd.append((name, data))
+            self._odd.append((name, tensor))
         else:
-            self._write(name, data)
+            self._write(name, tensor)
         self._offset += size
+        return size
 
-    def _write(self, name: str, data: Tensor) -> None:
-        size = data.numel() * data.element_size()
-        self._header[name] = {"dtype": _NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [self._written, self._written + size]}
-        self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if size else b"")
-        self._written += size
+    def _write(self, name: str, tensor: Tensor | LazyTensor) -> None:
+        begin = self._written
+        for part in tensor.chunks() if isinstance(tensor, LazyTensor) else [tensor] if tensor.numel() else []:
+            self._file.write(memoryview(part.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._written += part.nbytes
+        self._header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, self._written]}
 
     def _start_shard(self) -> None:
         path = self.folder / f"shard-{len(self._shards):05d}.tmp"
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115  (open until the shard is full)
         self._file.seek(8 + self._room)
         self._header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-        self._odd: list[tuple[str, Tensor]] = []
+        self._odd: list[tuple[str, Tensor | LazyTensor]] = []
         self._header_bytes, self._offset, self._written = 256, 0, 0
 
     def _finish_shard(self) -> None:
-        for name, data in sorted(self._odd, key=lambda item: -item[1].element_size()):
+        for name, data in sorted(self._odd, key=lambda item: -item[1].dtype.itemsize):
             self._write(name, data)
         header = json.dumps(self._header, separators=(",", ":")).encode()
         self._file.seek(0)
@@ -235,9 +252,7 @@ def write_folder(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[in
     """
     with ShardWriter(folder, entries=len(checkpoint.tensors) + len(checkpoint.quantized)) as writer:
         for name in (*checkpoint.tensors, *checkpoint.quantized):
-            tensor = checkpoint.dense(name)
-            writer.add(name, tensor)
-            progress(tensor.numel() * tensor.element_size())
+            progress(writer.add(name, checkpoint.lazy(name) if name in checkpoint.tensors else checkpoint.dense(name)))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     copy_files(checkpoint.files, folder)

@@ -231,7 +231,8 @@ def evaluate(
     _show(comparison, as_json, None, timing)
     if timing and not as_json:
         out.print(
-            f"prefill {timing.prefill_tokens_per_s:.0f} tokens/s, decode {timing.decode_tokens_per_s:.1f} tokens/s, peak memory {timing.peak_memory_bytes / 1e6:.0f} MB (RssAnon), {timing.peak_rss_bytes / 1e6:.0f} MB (RSS)",
+            f"prefill {timing.prefill_tokens_per_s:.0f} tokens/s, decode {timing.decode_tokens_per_s:.1f} tokens/s, "
+            f"peak memory {timing.peak_memory_bytes / 1e6:.0f} MB (RssAnon), {timing.peak_rss_bytes / 1e6:.0f} MB (RSS)",
             highlight=False,
         )
 
@@ -397,7 +398,8 @@ def inspect(
         recipe = found.provenance.get("recipe", {})
         out.print(f"made by lowbit {found.provenance.get('lowbit')}, recipe {recipe.get('name')}, calibration {found.provenance.get('calibration')}", style="dim", highlight=False, soft_wrap=True)
     if histogram:
-        out.print(f"\n[bold]{histogram.name}[/]  {histogram.format} {list(histogram.shape)}  min {histogram.minimum:.5g}  max {histogram.maximum:.5g}  mean {histogram.mean:.5g}  std {histogram.std:.5g}", highlight=False)
+        numbers = f"min {histogram.minimum:.5g}  max {histogram.maximum:.5g}  mean {histogram.mean:.5g}  std {histogram.std:.5g}"
+        out.print(f"\n[bold]{histogram.name}[/]  {histogram.format} {list(histogram.shape)}  {numbers}", highlight=False)
         most = max(histogram.counts)
         for edge, count in zip(histogram.edges, histogram.counts, strict=False):
             out.print(f"{edge:>11.4f} {'█' * round(50 * count / max(1, most))} {count if count else ''}", highlight=False)

@@ -226,12 +226,12 @@ def load_parameter(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _dense(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
-    """A checkpoint tensor, copied: what is read may be a view of the mapped file, and writing there would keep the pages in memory."""
+    """A checkpoint tensor, in dtype when floating."""
     tensor = skeleton.checkpoint.dense(name)
     if not tensor.is_floating_point():
-        return tensor.clone()
+        return tensor
     numerics.refuse_bad_values(tensor, name)
-    return tensor.to(dtype, copy=True)
+    return tensor.to(dtype)
 
 
 def load_module(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -251,7 +251,7 @@ def fill(skeleton: Skeleton, name: str, part: nn.Module, dtype: torch.dtype, dev
     for leaf, buffer in part._buffers.items():
         full = f"{name}.{leaf}" if name else leaf
         if buffer is not None and full in skeleton.sources:
-            part._buffers[leaf] = skeleton.checkpoint.dense(skeleton.sources[full].flat()[0]).to(device, copy=True)
+            part._buffers[leaf] = skeleton.checkpoint.dense(skeleton.sources[full].flat()[0]).to(device)
 
 
 def fill_buffers(model: transformers.PreTrainedModel, module: nn.Module, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from ..tensor import QuantizedTensor
 
 def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), importance: Tensor | None = None) -> QuantizedTensor:
     """Cast W to scheme.format; values that overflow raise FormatError."""
-    weight = W.to(getattr(torch, scheme.format))
+    weight = W.to(getattr(torch, scheme.format), copy=True)
     if not bool(torch.isfinite(weight).all()):
         raise FormatError(f"a value of {float(W.float().abs().max()):.3g} does not fit {scheme.format} (or is NaN); use bfloat16 or float32.")
     return QuantizedTensor(scheme, tuple(W.shape), str(W.dtype).removeprefix("torch."), {"weight": weight})

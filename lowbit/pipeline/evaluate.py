@@ -21,7 +21,7 @@ from ..progress import SILENT, Progress
 from . import resources
 from .calibration import Windows, default_text, packed, read_texts
 from .hidden import HiddenStates
-from .locate import load_tokenizer, locate
+from .locate import load_tokenizer, locate, model_name
 from .streaming import Streamer
 
 
@@ -87,7 +87,7 @@ def compare(
     chosen = resources.choose_device(device)
     compute = resources.choose_dtype(dtype or "float32", chosen)
     paths = [locate(path, progress=progress) for path in (against, *models)]
-    labels = names or [path.name for path in paths]
+    labels = names or [model_name(path) if path.is_dir() else path.name for path in paths]
     checkpoints = [open_checkpoint(path) for path in paths]
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
         tokenizer = load_tokenizer(checkpoints[0], Path(scratch))

@@ -18,12 +18,12 @@ import re
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..checkpoints import LazyQuantized
-from ..checkpoints.safetensors import read_json, sync, write_text
-from ..errors import JobError
+from ..checkpoints.safetensors import open_file, read_json, sync, write_text
+from ..errors import CheckpointError, JobError
 from ..numerics import nbytes, packing
 from ..scheme import INT, Scheme
 from ..tensor import QuantizedTensor
@@ -99,10 +99,10 @@ class Job:
     def quantized(self, part: str) -> dict[str, LazyQuantized]:
         """The stored matrices of a part, lazily."""
         try:
-            handle = safe_open(self.folder / f"{part}.safetensors", framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise JobError(f"{self.folder / part}.safetensors is damaged: {error}. Begin anew with --overwrite.") from error
-        return {name: _lazy(handle, name, Scheme.from_dict(entry["scheme"]), tuple(entry["shape"]), entry["dtype"]) for name, entry in read_json(self.folder / f"{part}.json")["tensors"].items()}
+            stored = open_file(self.folder / f"{part}.safetensors")
+        except CheckpointError as error:
+            raise JobError(f"{self.folder / part}.safetensors is damaged ({error.__cause__ or error}). Begin anew with --overwrite.") from error
+        return {name: _lazy(stored, name, Scheme.from_dict(entry["scheme"]), tuple(entry["shape"]), entry["dtype"]) for name, entry in read_json(self.folder / f"{part}.json")["tensors"].items()}
 
     def finish(self) -> None:
         """Note that the output is whole under its temporary name."""
@@ -131,15 +131,15 @@ def _save_file(tensors: dict, path: Path) -> None:
     sync(path)
 
 
-def _lazy(handle, name: str, scheme: Scheme, shape: tuple[int, int], dtype: str) -> LazyQuantized:
+def _lazy(stored: dict, name: str, scheme: Scheme, shape: tuple[int, int], dtype: str) -> LazyQuantized:
     import torch
 
-    keys = [key for key in handle.keys() if key.rpartition("|")[0] == name]  # noqa: SIM118  (a safetensors handle is no dict)
+    keys = [key for key in stored if key.rpartition("|")[0] == name]
 
     def load() -> QuantizedTensor:
         parts = {}
         for key in keys:
-            part, value = key.rpartition("|")[2], handle.get_tensor(key)
+            part, value = key.rpartition("|")[2], stored[key].load()
             parts[part] = packing.unpack(value, scheme.bits, shape[1]) if part == "codes" and scheme.format == INT else value
         return QuantizedTensor(scheme, shape, dtype, parts)
 

@@ -41,6 +41,13 @@ def _download(name: str, progress: Progress) -> Path:
         ) from error
 
 
+def model_name(path: Path) -> str:
+    """What a model is called: its file or folder, and of a download (.../models--org--name/snapshots/hash) the name on the hub."""
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name.removesuffix(".gguf")
+
+
 def load_tokenizer(checkpoint: Checkpoint, scratch: Path):
     """The model's own tokenizer; a GGUF file's is written to scratch first. No remote code is run."""
     folder = checkpoint.path

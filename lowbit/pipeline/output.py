@@ -16,14 +16,13 @@ from torch import Tensor
 from .. import numerics
 from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
+from ..checkpoints.checkpoint import CHUNK_BYTES
 from ..errors import JobError, ResourceError
 from ..models.linears import Linear
 from ..progress import Progress
 from ..tensor import QuantizedTensor
 from .job import temporary, work_folder
 from .recipes import LayerPlan
-
-CHUNK_BYTES = 32 << 20
 
 
 def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, whole: Callable[[], None] = lambda: None) -> None:

@@ -118,7 +118,7 @@ def plan(
     kv_bytes, kv_notes = _kv_cache(model.config, context, kv_bits)
     overhead = _overhead(model.config, context)
     rows = tuple(_row(model, text, kv_bytes, overhead, limit) for text in recipes or DEFAULT_RECIPES)
-    notes = tuple(note for note in (model.refused, *kv_notes) if note)
+    notes = tuple(note for note in (model.refused, model.note, *kv_notes) if note)
     return Plan(model.name, model.architecture, model.parameters, _count(model.linears), context, kv_bits, limit, rows, notes)
 
 
@@ -159,6 +159,7 @@ class _Model:
     outside: dict[str, tuple[int, int]]
     unused: frozenset[str] = frozenset()
     refused: str = ""
+    note: str = ""
 
     @property
     def dtype(self) -> str:
@@ -172,11 +173,12 @@ def _read(config: dict | str | Path) -> _Model:
     checkpoint = _open(config)
     try:
         skeleton = sk.build(checkpoint)
-        linears = {linear.name: linear.shape for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index)}
+        found = [linear for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index)]
     except ModelError as error:
         return _estimated(checkpoint, str(error))
-    architecture, unused = type(skeleton.model).__name__, frozenset(skeleton.unused)
-    return _Model(checkpoint.path.name, architecture, skeleton.text_config, checkpoint, skeleton.parameter_count(), linears, outside_matrices(skeleton), unused)
+    architecture, linears = type(skeleton.model).__name__, {linear.name: linear.shape for linear in found}
+    made = _Model(checkpoint.path.name, architecture, skeleton.text_config, checkpoint, skeleton.parameter_count(), linears, outside_matrices(skeleton), frozenset(skeleton.unused))
+    return replace(made, note=f"{architecture}'s Conv1D layers are written as GGUF or dense; no program reads them from compressed-tensors.") if found and found[0].transposed else made
 
 
 def _open(config: dict | str | Path) -> Checkpoint:
@@ -193,7 +195,7 @@ def _open(config: dict | str | Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         return open_checkpoint(path)
     data = safetensors.read_json(path / "config.json")
-    method = (data.get("quantization_config") or {}).get("quant_method")
+    method = safetensors.quant_method(data, path)
     if method in (None, "compressed-tensors") and any(path.glob("*.safetensors")):
         return open_checkpoint(path)
     return stand_in(data, path.absolute().name)

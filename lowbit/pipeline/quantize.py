@@ -26,6 +26,7 @@ from ..models.linears import Linear, find_linears, outside_matrices
 from ..models.skeleton import Skeleton
 from ..progress import SILENT, Progress
 from ..recipe import Calibration, Recipe
+from ..scheme import CASTS
 from ..tensor import QuantizedTensor
 from . import recipes, resources
 from .calibration import Windows, calibration_windows
@@ -33,8 +34,8 @@ from .collect import Collector, InputGroup, StopBlock, stages
 from .hidden import HiddenStates
 from .job import Job, refuse_existing, work_folder
 from .layers import quantize_group, share_scarce
-from .locate import load_tokenizer, locate
-from .output import CHUNK_BYTES, as_stored_dense, dtype_name, readable_errors, refuse_own_input, rounded_record, with_rounded, write
+from .locate import load_tokenizer, locate, model_name
+from .output import as_stored_dense, dtype_name, readable_errors, refuse_own_input, rounded_record, with_rounded, write
 from .recipes import LayerPlan
 from .selfgen import self_texts
 from .streaming import Streamer
@@ -100,7 +101,7 @@ def quantize(
     Raises LowbitError (a subclass says of what kind) before any work on bad input; earlier results are left as they are.
     """
     started, peak = time.monotonic(), resources.PeakMemory()
-    with _as_path(model) as path:
+    with _as_path(model, resume=resume) as path:
         draft = recipes.parse(recipe, target_name=target_name or _target_of(output))
         located = locate(path, progress=progress)
         output = Path(output) if output is not None else Path(_default_name(located, draft.recipe))
@@ -129,17 +130,20 @@ def quantize(
 
 
 @contextmanager
-def _as_path(model) -> Iterator[str | Path]:
+def _as_path(model, *, resume: bool) -> Iterator[str | Path]:
     if not isinstance(model, transformers.PreTrainedModel):
         yield model
         return
+    if resume:
+        raise RecipeError("a job on a model in memory cannot be resumed: nothing says that it is the same. Save the model and give its folder.")
     with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        model.save_pretrained(folder)
-        name = model.config._name_or_path
-        if Path(name).is_dir():
-            for file in open_checkpoint(Path(name)).files:
-                shutil.copy(file, folder)
-        yield Path(folder)
+        source = Path(model.config._name_or_path)
+        path = Path(folder) / (source.name or model.config.model_type)
+        model.save_pretrained(path)
+        if model.config._name_or_path and source.is_dir():
+            for file in open_checkpoint(source).files:
+                shutil.copy(file, path)
+        yield path
 
 
 def _target_of(output: str | Path | None) -> str | None:
@@ -148,7 +152,7 @@ def _target_of(output: str | Path | None) -> str | None:
 
 
 def _default_name(path: Path, recipe: Recipe) -> str:
-    return f"{path.name.removesuffix('.gguf')}-{recipe.name.removesuffix('.toml').replace('/', '_')}{target(recipe.target).suffix}"
+    return f"{model_name(path)}-{recipe.name.removesuffix('.toml').replace('/', '_')}{target(recipe.target).suffix}"
 
 
 def _set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress) -> _Setup:
@@ -161,9 +165,8 @@ def _set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, p
     outside = outside_matrices(skeleton)
     recipe, notes = recipes.settle(draft, shapes, dtype_name(checkpoint, next(iter(shapes))))
     if recipe.target == "compressed-tensors" and any(linear.transposed for block in linears for linear in block):
-        notes.append(
-            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which the programs that read compressed-tensors do not handle: "
-            "lowbit reads the result; for others write GGUF or safetensors."
+        raise ModelError(
+            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which no program reads from compressed-tensors. Write it with --to gguf or --to safetensors."
         )
     if any(name in checkpoint.quantized for name in shapes):
         notes.append("This checkpoint is quantized already; what is lost comes on top of what was lost before.")
@@ -178,6 +181,9 @@ def _set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, p
 
         supported(checkpoint.config)
     plans = recipes.resolve(recipe, shapes, outside)
+    embedding = next(iter(outside), None)
+    if recipe.target == "compressed-tensors" and embedding in plans and plans[embedding].scheme.format not in CASTS:
+        raise RecipeError(f"a rule quantizes the embedding {embedding}, which no program reads from compressed-tensors. Leave it out, or write --to gguf.")
     if not plans:
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
     needs = tuple(sorted({need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}))
@@ -245,10 +251,8 @@ def _refuse_damaged(setup: _Setup) -> None:
     for name, lazy in setup.checkpoint.tensors.items():
         if name in inside or not lazy.dtype.is_floating_point:
             continue
-        rows = lazy.shape[0] if lazy.shape else 1
-        chunk = max(1, CHUNK_BYTES * rows // max(1, lazy.nbytes))
-        for start in range(0, rows, chunk):
-            numerics.refuse_bad_values(lazy.read(start, min(start + chunk, rows)), name)
+        for rows in lazy.chunks():
+            numerics.refuse_bad_values(rows, name)
 
 
 def _planned_shapes(setup: _Setup):

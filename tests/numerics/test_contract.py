@@ -11,7 +11,10 @@ from lowbit.scheme import INT, Scheme
 SCHEMES = [Scheme(format=name, bits=4) for name in FORMATS if name != INT] + [
     Scheme(bits=b, block=block, symmetric=sym) for b in (2, 3, 4, 5, 8) for block in ((1, 32), (1, -1), (-1, -1)) for sym in (True, False)
 ]
-LARGEST_ERROR = {"float32": 0, "float16": 1e-6, "bfloat16": 1e-4, "q8_0": 1e-4, "q6_k": 1e-3, "q5_k": 4e-3, "q5_1": 4e-3, "q5_0": 4e-3, "q4_k": 1e-2, "q4_1": 1e-2, "q4_0": 2e-2, "q3_k": 5e-2, "q2_k": 0.15}
+LARGEST_ERROR = {
+    "float32": 0, "float16": 1e-6, "bfloat16": 1e-4, "q8_0": 1e-4, "q6_k": 1e-3, "q5_k": 4e-3, "q5_1": 4e-3, "q5_0": 4e-3, "q4_k": 1e-2, "q4_1": 1e-2,
+    "q4_0": 2e-2, "q3_k": 5e-2, "q2_k": 0.15,
+}  # fmt: skip
 INT_ERROR = {2: 0.8, 3: 0.3, 4: 0.06, 5: 0.015, 8: 3e-4}
 
 

@@ -24,6 +24,9 @@ recipe = Recipe("memory", Scheme(bits=4, block=(1, 128), scale_dtype="float32"),
 quantize(model, recipe, out, dtype="float32")
 """
 COMPARE = """
+import re, resource
+data = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024  # what this process may write to, before it has begun
+resource.setrlimit(resource.RLIMIT_DATA, (data + limit, data + limit))
 from lowbit.pipeline.evaluate import compare
 made = compare([other], against=model, text=text, ctx=64, n_windows=2)
 print(len(made.rows), made.rows[1].summaries["full"].kl_mean.value)
@@ -81,9 +84,10 @@ def test_memory_does_not_grow_with_depth(keep, deep_model, fork_server, text_fil
     assert peaks[24] <= 1.15 * peaks[6]
 
 
-def test_evaluation_of_a_model_larger_than_the_memory_it_takes(deep_model, fork_server, text_file):
+def test_evaluation_of_a_model_larger_than_the_memory_it_is_given(deep_model, fork_server, text_file):
+    """A limit of half the model on what the process may allocate: whoever held it, or mapped it writable, would be refused."""
     model, other = deep_model(24), deep_model(6)
-    answer = fork_server.run(COMPARE, model=model, other=other, text=text_file)
+    answer = fork_server.run(COMPARE, model=model, other=other, text=text_file, limit=24 * BLOCK_BYTES // 2)
     assert answer["status"] == 0, answer["output"]
     rows, kl = answer["output"].split()[-2:]
     print(f"models of {24 * BLOCK_BYTES / 1e6:.0f} and {6 * BLOCK_BYTES / 1e6:.0f} MB: peak RssAnon {answer['peak'] / 1e6:.0f} MB")

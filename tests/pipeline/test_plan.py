@@ -60,7 +60,6 @@ def folder(save_model, tmp_path_factory):
         ("mixtral", "q4_0"),
         ("qwen3-moe", "int4-sym-g32-rtn"),
         ("qwen3-moe", "q8_0"),
-        ("gpt2", "int4-sym-g32-rtn"),
         ("gpt2", "q4_0"),
         ("gemma3-vision", "int4-sym-g32-rtn"),
         ("gemma3-vision", "q8_0"),
