@@ -34,7 +34,7 @@ class Algorithm:
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(rtn, RtnOptions, lambda o: ("sum_sq",) if o.weighted else (), None, True, "round to nearest; no data needed (with weighted=true: calibrated)"),
-    "gptq": Algorithm(gptq, GptqOptions, lambda o: ("hessian",), (INT,), True, "error feedback through the Hessian of the layer's inputs; needs calibration text"),
+    "gptq": Algorithm(gptq, GptqOptions, lambda o: ("hessian", "loss") if o.guided else ("hessian",), (INT,), True, "error feedback through the Hessian of the layer's inputs; needs calibration text"),
 }
 
 

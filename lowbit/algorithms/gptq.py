@@ -35,6 +35,8 @@ class GptqOptions:
     """damp: added to the diagonal, as a share of its mean. order: of columns, see the module. search, grid, max_shrink: how scales are found.
 
     sweeps: coordinate-descent sweeps over all codes after the loop. refit: scales of a row fitted jointly by least squares.
+    guided: tokens count in the Hessian by the squared gradient of the loss at the layer's output, to the power guide_power and at most guide_cap
+    times their mean (0: no limit); a backward sweep through the model finds them (pipeline/guidance.py).
     """
 
     damp: float = 0.01
@@ -44,6 +46,9 @@ class GptqOptions:
     max_shrink: float = 0.5
     sweeps: int = 1
     refit: bool = False
+    guided: bool = False
+    guide_power: float = 1.0
+    guide_cap: float = 0.0
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -52,6 +57,8 @@ class GptqOptions:
             raise RecipeError(f"damp is {self.damp}; expected 0 to {MAX_DAMP}, usually 0.01.")
         if self.sweeps < 0:
             raise RecipeError(f"sweeps is {self.sweeps}; expected 0 or more.")
+        if self.guide_power <= 0 or self.guide_cap < 0:
+            raise RecipeError(f"guide_power is {self.guide_power} and guide_cap {self.guide_cap}; expected a power above 0 and a cap of 0 (none) or more.")
         _ = self.range_search  # which checks its own
 
     @property

@@ -24,7 +24,18 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, ShapeError
-from .ggml_kquants import FINE_TRIALS, KQUANTS, as_half, encode_super_blocks, join_fields, reciprocal, search_affine, search_scale
+from .ggml_kquants import (
+    FINE_TRIALS,
+    KQUANTS,
+    SUPER_BLOCK,
+    as_half,
+    encode_super_blocks,
+    join_fields,
+    pack_super_blocks,
+    reciprocal,
+    search_affine,
+    search_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,53 @@ def unpack_codes(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor
     shape = (blocks.shape[0], _blocks_per_row(blocks, kind))
     codes, scale, minimum = _unpack_legacy(blocks.reshape(-1, kind.block_bytes), legacy)
     return codes.reshape(shape[0], -1), scale.reshape(shape), None if minimum is None else minimum.reshape(shape)
+
+
+def affine(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What blocks uint8 [rows, row_bytes] decode with: w = scale * q + offset, float32 [rows, columns // share]; offset None where there is none."""
+    kind, rows = _block_type(type_name), blocks.shape[0]
+    parts = blocks.reshape(-1, kind.block_bytes)
+    if type_name in KQUANTS:
+        _, scale, minimum = _SPLIT[type_name](parts)
+        return scale.reshape(rows, -1), None if minimum is None else -minimum.reshape(rows, -1)
+    _, scale, minimum = _unpack_legacy(parts, _LEGACY[type_name])
+    return scale.float().reshape(rows, -1), None if minimum is None else minimum.float().reshape(rows, -1)
+
+
+def share(type_name: str) -> int:
+    """Columns that share a scale."""
+    return KQUANTS[type_name].group if type_name in KQUANTS else _block_type(type_name).block_size
+
+
+def bounds(type_name: str) -> tuple[int, int]:
+    """The least and the largest q of w = scale * q + offset."""
+    if type_name in KQUANTS:
+        return KQUANTS[type_name].low, KQUANTS[type_name].high
+    legacy = _legacy_type(type_name)[1]
+    zero = legacy.zero_point or 0
+    return -zero, (1 << legacy.bits) - 1 - zero
+
+
+def with_codes(type_name: str, blocks: Tensor, q: Tensor) -> Tensor:
+    """blocks [rows, row_bytes] with other codes: q [rows, columns] within bounds, scales and minima as they are."""
+    kind = _block_type(type_name)
+    low, high = bounds(type_name)
+    codes = (q - low).to(torch.uint8).reshape(-1, kind.block_size)
+    ends = torch.tensor([[0], [high - low]], dtype=torch.uint8, device=q.device).expand(2, kind.block_size).contiguous()
+    first, last = _bare(ends, type_name)
+    mask = first ^ last  # the bits that codes lie in
+    return (blocks.reshape(-1, kind.block_bytes) & ~mask | _bare(codes, type_name) & mask).view_as(blocks)
+
+
+def _bare(codes: Tensor, type_name: str) -> Tensor:
+    """Blocks of codes uint8 [blocks, block_size] with nothing else in them."""
+    zeros = lambda width, dtype: torch.zeros(len(codes), width, dtype=dtype, device=codes.device)
+    if type_name not in KQUANTS:
+        legacy = _LEGACY[type_name]
+        return _pack_legacy(codes, *[zeros(1, torch.float16)] * (1 if legacy.zero_point is not None else 2), legacy=legacy)
+    kind = KQUANTS[type_name]
+    integers, floats = zeros(SUPER_BLOCK // kind.group, torch.uint8), zeros(1, torch.float16)
+    return pack_super_blocks(type_name, codes, *([integers] * 2 + [floats] * 2 if kind.low == 0 else [integers, floats]))
 
 
 def _block_type(type_name: str) -> BlockType:

@@ -75,7 +75,12 @@ def encode_super_blocks(X: Tensor, type_name: str, importance: Tensor | None) ->
     X = X.reshape(groups).t().contiguous()
     trials = NEAR_TRIALS if importance is None else WIDE_TRIALS
     fitted = _fit_affine(X, W, kind, trials) if kind.low == 0 else _fit_symmetric(X, W, kind, trials)
-    return _PACK[type_name](*fitted)
+    return pack_super_blocks(type_name, *fitted)
+
+
+def pack_super_blocks(type_name: str, codes: Tensor, *header: Tensor) -> Tensor:
+    """Blocks of codes uint8 [super_blocks, 256] from 0 up, the integers of each group (ls; and lm) and the floats (d; and dmin)."""
+    return _PACK[type_name](codes, *header)
 
 
 def error_weights(X: Tensor, type_name: str, importance: Tensor | None) -> Tensor:

@@ -22,10 +22,22 @@ TOKENS = 2048
 
 @dataclass
 class InputGroup:
-    """Matrices of a block that multiply the same input, and the statistics of that input."""
+    """Matrices of a block that multiply the same input, and the statistics of that input.
+
+    weights: what each token counts in the Hessian, float32 [tokens of all micro-batches], mean 1 (None: all the same).
+    """
 
     linears: list[Linear]
     stats: LayerStats = field(default_factory=LayerStats)
+    weights: Tensor | None = None
+
+
+@dataclass
+class Current:
+    """The micro-batch that runs through the block just now: its mask [sequences, length] (None: all tokens are real), and which of all tokens it holds."""
+
+    mask: Tensor | None = None
+    tokens: slice | None = None
 
 
 class StopBlock(Exception):
@@ -74,11 +86,11 @@ class Collector:
         never = [linear for linears in self._by_module.values() for linear in linears if linear not in called]
         return groups + [InputGroup(alike) for alike in _by_input(never).values()]
 
-    def collect(self, groups: list[InputGroup], needs: tuple[str, ...], masks: list[Tensor | None]) -> _Hooks:
+    def collect(self, groups: list[InputGroup], needs: tuple[str, ...], current: Current) -> _Hooks:
         """A context in which every run of the block adds to the groups' statistics; the first matrix of each group stands for all.
 
-        masks: a one-element list holding the current micro-batch's token mask [sequences, length] (or None). The block's forward raises
-        StopBlock once the last input has been seen (never with experts, whose calls differ from run to run).
+        current: to be set before each run. The block's forward raises StopBlock once the last input has been seen (never with experts,
+        whose calls differ from run to run).
         """
         leaders = {group.linears[0]: group for group in groups}
         last = None if any(leader.expert is not None for leader in leaders) else groups[-1]
@@ -88,7 +100,9 @@ class Collector:
 
         def see(linears: list[Linear], x: Tensor, tokens: Tensor | None = None) -> None:
             group = leaders[linears[0]]
-            accumulate(group.stats, _without_padding(x, masks[0], tokens, linears[0]), needs)
+            weights = None if group.weights is None else group.weights[current.tokens or slice(None)].to(x.device)
+            x, weights = _real_tokens(x, weights, current.mask, tokens, linears[0])
+            accumulate(group.stats, x, needs, weights)
             if group is last:
                 raise StopBlock
 
@@ -112,17 +126,19 @@ def _by_input(linears: list[Linear]) -> dict[tuple, list[Linear]]:
     return found
 
 
-def _without_padding(x: Tensor, mask: Tensor | None, tokens: Tensor | None, linear: Linear) -> Tensor:
-    """Inputs as [tokens, in_features] without those of padding. tokens: which ones of the micro-batch x holds (None: all, in order)."""
+def _real_tokens(x: Tensor, weights: Tensor | None, mask: Tensor | None, tokens: Tensor | None, linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """Inputs as [tokens, in_features] without those of padding, and their weights. tokens: which ones of the micro-batch x holds (None: all, in order)."""
     x = x.reshape(-1, x.shape[-1])
+    if weights is not None and tokens is not None:
+        weights = weights[tokens]
     if mask is None:
-        return x
+        return x, weights
     keep = mask.flatten().to(x.device)
     if tokens is not None:
         keep = keep[tokens]
     if len(keep) != len(x):
         raise ModelError(f"{linear.name}: its input has {len(x)} rows for {len(keep)} tokens, so padding cannot be left out of it. Use calibration without pad.")
-    return x[keep]
+    return x[keep], None if weights is None else weights[keep]
 
 
 class _Hooks:
@@ -155,8 +171,8 @@ class _Hooks:
             module.observe = None
 
 
-def accumulate(stats: LayerStats, x: Tensor, needs: tuple[str, ...]) -> None:
-    """Add the tokens x [tokens, in_features] to stats."""
+def accumulate(stats: LayerStats, x: Tensor, needs: tuple[str, ...], weights: Tensor | None = None) -> None:
+    """Add the tokens x [tokens, in_features] to stats; weights [tokens]: what each counts in the Hessian."""
     if not len(x):
         return
     stats.n_tokens += len(x)
@@ -169,7 +185,7 @@ def accumulate(stats: LayerStats, x: Tensor, needs: tuple[str, ...]) -> None:
     if "hessian" in needs:
         if stats.hessian is None:
             stats.hessian = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-        add_outer_products(stats.hessian, x)
+        add_outer_products(stats.hessian, x if weights is None else (x * weights.sqrt().unsqueeze(1)).to(x.dtype))
 
 
 def add_outer_products(H: Tensor, x: Tensor) -> None:

@@ -3,6 +3,7 @@
     OUT.work/job.json                    what the job is: recipe, model, data, versions; a different job is refused
     OUT.work/block-00007.safetensors     the quantized matrices of block 7 (codes packed), then
     OUT.work/block-00007.json            their records; its presence means that the block is done
+    OUT.work/loss-00007.safetensors      for a guided job: squared gradient norms at the outputs of block 7's modules
     OUT.work/hidden-0.bin, hidden-1.bin  hidden states: block b reads hidden-(b % 2) and writes the other
     OUT.work/finished.json               OUT.tmp is whole: what remains is to give it its name and to remove this folder
 
@@ -20,8 +21,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
-from ..checkpoints import LazyQuantized
+from ..checkpoints import LazyQuantized, LazyTensor
 from ..checkpoints.safetensors import open_file, read_json, sync, write_text
 from ..errors import CheckpointError, JobError
 from ..numerics import nbytes, packing
@@ -88,9 +90,7 @@ class Job:
             schemes[name] = {"scheme": qt.scheme.to_dict(), "shape": list(qt.shape), "dtype": qt.dtype}
             for key, value in qt.parts.items():
                 flat[f"{name}|{key}"] = packing.pack(value, qt.scheme.bits) if key == "codes" and qt.scheme.format == INT else value.contiguous()
-        sibling = self.folder / f"{part}.tmp"
-        _save_file(flat, sibling)
-        os.replace(sibling, self.folder / f"{part}.safetensors")
+        self.save_tensors(part, flat)
         write_text(self.folder / f"{part}.json", json.dumps({"records": records, "tensors": schemes}, indent=1) + "\n")
 
     def records(self, part: str) -> dict:
@@ -98,11 +98,27 @@ class Job:
 
     def quantized(self, part: str) -> dict[str, LazyQuantized]:
         """The stored matrices of a part, lazily."""
+        stored = self._open(part)
+        return {name: _lazy(stored, name, Scheme.from_dict(entry["scheme"]), tuple(entry["shape"]), entry["dtype"]) for name, entry in read_json(self.folder / f"{part}.json")["tensors"].items()}
+
+    def has_tensors(self, part: str) -> bool:
+        return (self.folder / f"{part}.safetensors").exists()
+
+    def save_tensors(self, part: str, tensors: dict[str, Tensor]) -> None:
+        """Store plain tensors, whole or not at all."""
+        sibling = self.folder / f"{part}.tmp"
+        _save_file(tensors, sibling)
+        os.replace(sibling, self.folder / f"{part}.safetensors")
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """What save_tensors stored."""
+        return {name: lazy.load() for name, lazy in self._open(part).items()}
+
+    def _open(self, part: str) -> dict[str, LazyTensor]:
         try:
-            stored = open_file(self.folder / f"{part}.safetensors")
+            return open_file(self.folder / f"{part}.safetensors")
         except CheckpointError as error:
             raise JobError(f"{self.folder / part}.safetensors is damaged ({error.__cause__ or error}). Begin anew with --overwrite.") from error
-        return {name: _lazy(stored, name, Scheme.from_dict(entry["scheme"]), tuple(entry["shape"]), entry["dtype"]) for name, entry in read_json(self.folder / f"{part}.json")["tensors"].items()}
 
     def finish(self) -> None:
         """Note that the output is whole under its temporary name."""

@@ -28,9 +28,9 @@ from ..progress import SILENT, Progress
 from ..recipe import Calibration, Recipe
 from ..scheme import CASTS
 from ..tensor import QuantizedTensor
-from . import recipes, resources
+from . import guidance, recipes, resources
 from .calibration import Windows, calibration_windows
-from .collect import Collector, InputGroup, StopBlock, stages
+from .collect import Collector, Current, InputGroup, StopBlock, stages
 from .hidden import HiddenStates
 from .job import Job, refuse_existing, work_folder
 from .layers import quantize_group, share_scarce
@@ -287,9 +287,11 @@ def _run(setup: _Setup, windows: Windows | None, job: Job, peak: resources.PeakM
     def states(block: int, *, must_exist: bool = False) -> HiddenStates:
         return HiddenStates(streamer.shapes, streamer.hidden_size, setup.dtype, file=job.hidden_file(block), must_exist=must_exist)
 
+    if "loss" in setup.needs:
+        guidance.sweep(streamer, setup.linears, job, seed=setup.recipe.seed, progress=setup.progress)
     source = states(first, must_exist=first > 0)
     streamer.record(source if first == 0 else None)
-    worker = _BlockWorker(setup, streamer, peak)
+    worker = _BlockWorker(setup, streamer, peak, job)
     with setup.progress.step("Quantizing blocks", depth * worker.steps_per_block) as advance:
         advance(first * worker.steps_per_block)
         for index in range(first, depth):
@@ -331,8 +333,8 @@ def _dtypes(setup: _Setup, linears: list[Linear]) -> dict[str, str]:
 class _BlockWorker:
     """Quantizes one block after the other: passes that collect statistics, the algorithm, a pass through the quantized block."""
 
-    def __init__(self, setup: _Setup, streamer: Streamer, peak: resources.PeakMemory) -> None:
-        self.setup, self.streamer, self.peak = setup, streamer, peak
+    def __init__(self, setup: _Setup, streamer: Streamer, peak: resources.PeakMemory, job: Job) -> None:
+        self.setup, self.streamer, self.peak, self.job = setup, streamer, peak, job
         self._plans: dict[tuple, list[list[tuple[str, ...]]]] = {}  # input groups of blocks that look alike
         self.steps_per_block = 2 * len(streamer.batches)
 
@@ -342,6 +344,8 @@ class _BlockWorker:
         linears = [linear for linear in setup.linears[index] if linear.name in setup.plans]
         collector = Collector(block, linears)
         groups = self._groups(collector, linears, index, block, source) if linears else []
+        if "loss" in setup.needs:
+            guidance.weigh(groups, setup.plans, self.job, index, streamer.batches)
         turns = stages(groups) if setup.recipe.true_sequential else [groups] if groups else []
         tensors, records = {}, {}
         for number, stage in enumerate(turns):
@@ -363,10 +367,11 @@ class _BlockWorker:
         return tensors, records
 
     def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, advance) -> None:
-        masks: list = [None]
-        with collector.collect(stage, self.setup.needs, masks):
+        current, start = Current(), 0
+        with collector.collect(stage, self.setup.needs, current):
             for number, batch in enumerate(self.streamer.batches):
-                masks[0] = batch.mask
+                current.mask, current.tokens = batch.mask, slice(start, start + batch.ids.numel())
+                start = current.tokens.stop
                 with suppress(StopBlock):
                     self.streamer.run_block(block, index, number, source.read(number, self.streamer.device))
                 advance(1)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from ..models import skeleton as sk
@@ -129,6 +130,10 @@ class Streamer:
     @torch.no_grad()
     def run_block(self, block: nn.Module, index: int, number: int, hidden: Tensor) -> Tensor:
         """Block index on micro-batch number."""
+        return self.run_block_with_gradient(block, index, number, hidden)
+
+    def run_block_with_gradient(self, block: nn.Module, index: int, number: int, hidden: Tensor) -> Tensor:
+        """run_block inside of whatever gradient mode is set."""
         call = self.calls[number][index]
         output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -142,6 +147,10 @@ class Streamer:
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The model's own norm and head on final hidden states [sequences, length, hidden]; float32 [sequences, length, vocabulary]."""
+        return self.logits_with_gradient(ids, hidden)
+
+    def logits_with_gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """logits inside of whatever gradient mode is set."""
 
         def probe(index, _, args, kwargs):
             return self._wrap(hidden)
@@ -229,7 +238,9 @@ class ChunkedHead(nn.Module):
             if self._kept is None:
                 self._kept = self._rows(0)
             return nn.functional.linear(hidden, self._kept, self._bias)
-        parts = [nn.functional.linear(hidden, self._rows(start)) for start in self._starts]
+        run = lambda start: nn.functional.linear(hidden, self._rows(start))
+        # With gradients each chunk is read again on the way back instead of being kept.
+        parts = [checkpoint(run, start, use_reentrant=False) if hidden.requires_grad else run(start) for start in self._starts]
         output = torch.cat(parts, dim=-1)
         return output if self._bias is None else output + self._bias
 

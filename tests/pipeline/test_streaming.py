@@ -12,7 +12,7 @@ from lowbit.errors import JobError, ModelError, ResourceError
 from lowbit.models import skeleton as sk
 from lowbit.models.linears import find_linears
 from lowbit.pipeline import collect
-from lowbit.pipeline.collect import Collector, StopBlock, symmetrize
+from lowbit.pipeline.collect import Collector, Current, StopBlock, symmetrize
 from lowbit.pipeline.hidden import HiddenStates
 from lowbit.pipeline.streaming import Batch, Streamer
 
@@ -153,10 +153,10 @@ class PlainInputs:
 
 
 def collected(streamer, index, block, groups, source, needs=("hessian", "sum_sq", "absmax")):
-    masks = [None]
-    with Collector(block, find_linears(streamer.skeleton, index)).collect(groups, needs, masks):
+    current = Current()
+    with Collector(block, find_linears(streamer.skeleton, index)).collect(groups, needs, current):
         for number, batch in enumerate(streamer.batches):
-            masks[0] = batch.mask
+            current.mask = batch.mask
             with contextlib.suppress(StopBlock):
                 streamer.run_block(block, index, number, source.read(number, torch.device("cpu")))
     for group in groups:
