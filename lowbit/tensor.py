@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,3 +26,9 @@ class QuantizedTensor:
     shape: tuple[int, int]
     dtype: str
     parts: dict[str, Tensor]
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The shape of a matrix, as the two numbers that it is."""
+    rows, columns = shape
+    return rows, columns

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import RecipeError
 from ..recipe import from_dict
@@ -26,7 +27,7 @@ class Algorithm:
 
     run: Callable[..., QuantizedTensor]
     options: type
-    needs: Callable[[object], tuple[str, ...]]
+    needs: Callable[[Any], tuple[str, ...]]
     formats: tuple[str, ...] | None
     rowwise: bool
     description: str

@@ -22,7 +22,7 @@ from ..errors import RecipeError
 from ..numerics import integer, ranges
 from ..scheme import RangeSearch, Scheme
 from ..stats import LayerStats
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 from .parallel import over_rows
 
 ORDERS = ("natural", "activation", "groups")
@@ -88,6 +88,7 @@ def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, not
     stats.hessian [in_features, in_features] float32. notes receives what deviated (raised damping, dead columns, fallback to rounding).
     W and stats are not changed. Raises nothing on a singular Hessian: damping is raised, then plain rounding is used, and noted.
     """
+    assert stats.hessian is not None
     factor = factorize(stats.hessian, scheme, options)
     if factor is None:
         notes.append("the Hessian could not be factorized even with damping 1.0: plain rounding was used (with searched scales)")
@@ -96,7 +97,7 @@ def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, not
     if scheme.block == (-1, -1):  # one scale for all rows
         return _Solver(W, scheme, factor, options).solve()
     parts = over_rows(lambda rows: _Solver(W[rows], scheme, factor, options).solve(), W.shape[0])
-    return QuantizedTensor(scheme, tuple(W.shape), parts[0].dtype, {key: torch.cat([part.parts[key] for part in parts]) for key in parts[0].parts})
+    return QuantizedTensor(scheme, matrix_shape(W.shape), parts[0].dtype, {key: torch.cat([part.parts[key] for part in parts]) for key in parts[0].parts})
 
 
 def factorize(H: Tensor, scheme: Scheme, options: GptqOptions) -> Factor | None:
@@ -190,7 +191,7 @@ class _Solver:
         groups, weights = integer.to_groups(self.original, self.scheme, importance)
         scale, zero = ranges.fit(groups, self.scheme, self.options.range_search, weights)
         self.scale.copy_(scale.T.expand_as(self.scale))
-        if zero is not None:
+        if self.zero is not None and zero is not None:
             self.zero.copy_(zero.T.expand_as(self.zero))
 
     def _fit_group(self, start: int) -> None:
@@ -201,7 +202,7 @@ class _Solver:
         values = self.WT[start:stop].T.contiguous().unsqueeze(1)
         scale, zero = ranges.fit(values, self.scheme, self.options.range_search, self.importance[start:stop].view(1, 1, -1))
         self.scale[group] = scale[:, 0]
-        if zero is not None:
+        if self.zero is not None and zero is not None:
             self.zero[group] = zero[:, 0].float()
 
     def _block(self) -> int:

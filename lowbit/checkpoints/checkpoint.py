@@ -96,8 +96,9 @@ class Checkpoint:
         if name in self.tensors:
             return self.tensors[name]
         entry = self.quantized[name]
-        if entry.rows is not None:
-            return LazyTensor(entry.shape, entry.dtype, lambda start, stop: numerics.dequantize(entry.rows(start, stop)).to(entry.dtype))
+        rows = entry.rows
+        if rows is not None:
+            return LazyTensor(entry.shape, entry.dtype, lambda start, stop: numerics.dequantize(rows(start, stop)).to(entry.dtype))
         return LazyTensor(entry.shape, entry.dtype, lambda start, stop: self.dense(name)[start:stop])
 
     @property

@@ -262,12 +262,15 @@ def _read_scheme(args: dict, where: str) -> Scheme:
     if args.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8 or type(symmetric) is not bool:
         raise CheckpointError(f"{where}: num_bits {bits!r}, type {args.get('type')!r}, symmetric {symmetric!r}; expected int of 2 to 8 bits.")
     strategy = args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    if strategy == "group" and (type(size) is not int or size < 1):
-        raise CheckpointError(f"{where}: group_size is {size!r}; expected a positive number.")
-    blocks = {"group": (1, size), "channel": (1, -1), "tensor": (-1, -1)}
-    if not isinstance(strategy, str) or strategy not in blocks:
-        raise CheckpointError(f"{where}: strategy {strategy!r} is not read; expected one of {', '.join(blocks)}.")
-    return Scheme(bits=bits, block=blocks[strategy], symmetric=symmetric, range="half")
+    if strategy == "group":
+        if type(size) is not int or size < 1:
+            raise CheckpointError(f"{where}: group_size is {size!r}; expected a positive number.")
+        block = (1, size)
+    elif strategy in ("channel", "tensor"):
+        block = (1, -1) if strategy == "channel" else (-1, -1)
+    else:
+        raise CheckpointError(f"{where}: strategy {strategy!r} is not read; expected one of group, channel, tensor.")
+    return Scheme(bits=bits, block=block, symmetric=symmetric, range="half")
 
 
 def _group_of(module: str, groups: list[tuple[list[str], Scheme]], path: Path) -> Scheme:
@@ -307,8 +310,8 @@ def _open_module(module: str, tensors: Mapping[str, LazyTensor], scheme: Scheme,
     _check_parts(module, parts, scheme, shape, path)
     scale_dtype = _FLOATS[parts["weight_scale"].dtype]
     scheme = Scheme(**{**scheme.__dict__, "scale_dtype": scale_dtype})
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    dtype = dtype if dtype in _FLOATS.values() else scale_dtype
+    named = config.get("dtype") or config.get("torch_dtype")
+    dtype = str(named) if named in _FLOATS.values() else scale_dtype
 
     def load() -> QuantizedTensor:
         loaded = {part: tensor.load() for part, tensor in parts.items()}

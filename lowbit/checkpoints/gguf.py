@@ -19,7 +19,9 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor
 from ..errors import CheckpointError, RecipeError, ShapeError
 from ..numerics import ggml
 from ..scheme import CASTS, INT, Scheme
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 from . import gguf_arch, gguf_other, gguf_tokenizer
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .gguf_arch import ROPE_TENSORS, Arch, Place
@@ -129,7 +131,10 @@ def open_file(path: Path) -> Checkpoint:
         if info.name in ROPE_TENSORS:
             continue
         for name, entry in _entries(info, arch, config):
-            (quantized if isinstance(entry, LazyQuantized) else tensors)[name] = entry
+            if isinstance(entry, LazyQuantized):
+                quantized[name] = entry
+            else:
+                tensors[name] = entry
     return Checkpoint("gguf", path, config, tensors, quantized, provenance=_provenance(header))
 
 
@@ -165,7 +170,7 @@ def _model_dtype(header: Header) -> str:
     for info in header.tensors.values():
         if len(info.shape) > 1:
             counts[str(_DTYPES.get(info.type_id, torch.float16)).removeprefix("torch.")] += info.nbytes
-    return counts.most_common(1)[0][0]
+    return counts.most_common(1)[0][0] if counts else _STANDS_FOR
 
 
 def _provenance(header: Header) -> dict:
@@ -238,7 +243,7 @@ def _quantized(info: TensorInfo, order: Tensor | None) -> LazyQuantized:
         blocks = _bytes(info, order, start, min(stop, info.shape[0]))
         return QuantizedTensor(scheme, (len(blocks), info.shape[1]), _STANDS_FOR, {"blocks": blocks})
 
-    return LazyQuantized(scheme, info.shape, getattr(torch, _STANDS_FOR), lambda: rows(0, info.shape[0]), info.nbytes, rows)
+    return LazyQuantized(scheme, matrix_shape(info.shape), getattr(torch, _STANDS_FOR), lambda: rows(0, info.shape[0]), info.nbytes, rows)
 
 
 def block_scheme(type_name: str) -> Scheme:
@@ -326,7 +331,7 @@ def _read_part(path: Path) -> Header:
 
 
 def _parse(path: Path, data: np.ndarray) -> Header:
-    view = memoryview(data)
+    view = data.data
     if bytes(view[:4]) != _MAGIC:
         raise CheckpointError(f"{path} does not begin with GGUF but with {bytes(view[:4])!r}; it is not a GGUF file.")
     version, n_tensors, n_values = struct.unpack_from("<IQQ", view, 4)
@@ -580,9 +585,9 @@ def _rank(place: Place, order: Mapping[str, int]) -> tuple:
 def _rope_plan(arch: Arch, config: Mapping, source: Header | None) -> list[_Planned]:
     if source:
         infos = [source.tensors[name] for name in ROPE_TENSORS if name in source.tensors]
-        return [_Planned(info.name, info.type_id, info.shape, (lambda info=info: torch.from_numpy(np.array(info.rows)),)) for info in infos]
+        return [_Planned(info.name, info.type_id, info.shape, (partial(_bytes, info, None, 0, len(info.rows)),)) for info in infos]
     tensors = gguf_arch.rope_tensors(arch, config)
-    return [_Planned(name, 0, tuple(tensor.shape), (lambda tensor=tensor: tensor,)) for name, tensor in tensors.items()]
+    return [_Planned(name, 0, tuple(tensor.shape), (tensor.contiguous,)) for name, tensor in tensors.items()]
 
 
 def _check_complete(groups: Mapping[str, list], arch: Arch, config: Mapping) -> None:
@@ -603,7 +608,7 @@ def _planned(checkpoint: Checkpoint, arch: Arch, config: Mapping, members: list[
     if first.expert is None:
         type_id, shape, load = _piece(checkpoint, arch, config, *members[0])
         return _Planned(first.name, type_id, shape, (load,))
-    members = sorted(members, key=lambda member: member[0].expert)
+    members = sorted(members, key=lambda member: member[0].expert or 0)
     pieces = [_piece(checkpoint, arch, config, *member) for member in members]
     if [place.expert for place, _ in members] != list(range(_n_experts(config))):
         raise CheckpointError(f"{first.name}: the checkpoint has experts {[place.expert for place, _ in members]}; the config says {_n_experts(config)}.")
@@ -627,7 +632,7 @@ def _piece(checkpoint: Checkpoint, arch: Arch, config: Mapping, place: Place, na
         type_name = _int_type(entry.scheme, name) if entry.scheme.format == INT else entry.scheme.format
         rows = lambda: _rows(_to_blocks(entry.load(), type_name), n_heads, name)
         return ggml.BLOCK_TYPES[type_name].type_id, entry.shape, rows
-    dense = entry if entry is not None else checkpoint.tensors[name]
+    dense = checkpoint.tensors[name] if entry is None else entry
     transposed = place.leaf in arch.transposed and weight and entry is None
     shape = dense.shape[::-1] if transposed else dense.shape[1:] if place.leaf in arch.flat else dense.shape
     dtype = getattr(torch, entry.scheme.format) if entry is not None else dense.dtype
@@ -638,7 +643,7 @@ def _piece(checkpoint: Checkpoint, arch: Arch, config: Mapping, place: Place, na
     shift = arch.norm_shift if place.name.endswith("norm.weight") else 0.0
 
     def load() -> Tensor:
-        values = entry.load().parts["weight"] if entry is not None else dense.load()
+        values = dense.load() if isinstance(dense, LazyTensor) else dense.load().parts["weight"]
         values = (values.T if transposed else values).to(dtype).view(shape)
         return _rows(values + shift if shift else values, n_heads, name)
 
@@ -703,7 +708,7 @@ def _file_type(planned: list[_Planned]) -> int:
     return pure if len(sizes) == 1 else mixed
 
 
-def _pack(kind: str, value: object) -> bytes:
+def _pack(kind: str, value: Any) -> bytes:
     """A metadata value with its type, as bytes of the file."""
     if kind.endswith("[]"):
         return struct.pack("<IIQ", _ARRAY, _TYPE_IDS[kind[:-2]], len(value)) + b"".join(_pack(kind[:-2], item)[4:] for item in value)
@@ -729,7 +734,7 @@ def _write_tensor(file, tensor: _Planned, alignment: int) -> None:
     written = 0
     for load in tensor.load:
         data = load().contiguous().reshape(-1).view(torch.uint8).numpy()
-        file.write(memoryview(data))
+        file.write(data.data)
         written += data.nbytes
     if written != tensor.nbytes:
         raise CheckpointError(f"{tensor.name}: {written:,} bytes were loaded and {tensor.nbytes:,} expected for {list(tensor.shape)}; the weight has another shape than announced.")

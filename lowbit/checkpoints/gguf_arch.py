@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,7 +254,7 @@ _YARN = (
 def find(config: dict) -> Arch:
     """The architecture of a config.json, or CheckpointError naming those there are."""
     model_type = config.get("model_type")
-    arch = ARCHS.get(_ALIASES.get(model_type, model_type))
+    arch = None if not isinstance(model_type, str) else ARCHS.get(_ALIASES.get(model_type, model_type))
     if arch is None:
         known = ", ".join(sorted({*ARCHS, *_ALIASES}))
         raise CheckpointError(f"model type {model_type!r} cannot be written as GGUF by this version; it knows {known}. Use the target compressed-tensors or safetensors.")
@@ -405,7 +406,7 @@ def _longrope_factor(config: dict, rope: dict) -> float:
     return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
-def rope_tensors(arch: Arch, config: dict) -> dict[str, Tensor]:
+def rope_tensors(arch: Arch, config: Mapping) -> dict[str, Tensor]:
     """The divisors of each frequency, float32 [rotary / 2], for ropes that metadata cannot say; from a full config."""
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") == "llama3":
@@ -467,7 +468,7 @@ def config_from(arch: Arch, values: Mapping[str, object], names: Iterable[str], 
 _REQUIRED = {key for key, _, _ in (*_KEYS, *_GPT2_KEYS)} - {"attention.head_count_kv"}
 
 
-def shortest(value: object) -> float:
+def shortest(value: Any) -> float:
     """The shortest decimal number that is this float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 

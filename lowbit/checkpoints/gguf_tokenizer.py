@@ -241,7 +241,7 @@ def _restore_added(tokenizer, values: Mapping) -> None:
 def _build(steps: list[str]):
     from tokenizers import Regex, pre_tokenizers
 
-    parts = []
+    parts: list[pre_tokenizers.PreTokenizer] = []
     for step in steps:
         if step == "digits":
             parts.append(pre_tokenizers.Digits(individual_digits=True))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -81,13 +82,13 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _shards(path: Path) -> dict[Path, list[str] | None]:
+def _shards(path: Path) -> Mapping[Path, list[str] | None]:
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index}: expected an object weight_map from tensor names to file names.")
-        shards: dict[Path, list[str] | None] = {}
+        shards: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
             shards.setdefault(inside(path, file), []).append(name)
         return shards
@@ -152,7 +153,7 @@ class ShardWriter:
     def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8)
-        self._file = None
+        self._file: BinaryIO | None = None
         self._shards: list[tuple[Path, list[str]]] = []
         self.total_bytes = 0
 
@@ -171,50 +172,49 @@ class ShardWriter:
         size = tensor.numel * tensor.dtype.itemsize if isinstance(tensor, LazyTensor) else tensor.nbytes
         entry = len(json.dumps(name)) + 160
         if self._file and (self._offset + size > self.max_bytes or self._header_bytes + entry > self._room):
-            self._finish_shard()
-        if not self._file:
-            self._start_shard()
+            self._finish_shard(self._file)
+        file = self._file or self._start_shard()
         self._header_bytes += entry
         self.total_bytes += size
         if size % 8:  # readers want every tensor aligned to its dtype and the format allows no holes: odd sizes go last
             self._odd.append((name, tensor))
         else:
-            self._write(name, tensor)
+            self._write(file, name, tensor)
         self._offset += size
         return size
 
-    def _write(self, name: str, tensor: Tensor | LazyTensor) -> None:
+    def _write(self, file: BinaryIO, name: str, tensor: Tensor | LazyTensor) -> None:
         begin = self._written
         for part in tensor.chunks() if isinstance(tensor, LazyTensor) else [tensor] if tensor.numel() else []:
-            self._file.write(memoryview(part.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             self._written += part.nbytes
         self._header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, self._written]}
 
-    def _start_shard(self) -> None:
+    def _start_shard(self) -> BinaryIO:
         path = self.folder / f"shard-{len(self._shards):05d}.tmp"
         self._file = open(path, "wb")  # noqa: SIM115  (open until the shard is full)
         self._file.seek(8 + self._room)
         self._header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
         self._odd: list[tuple[str, Tensor | LazyTensor]] = []
         self._header_bytes, self._offset, self._written = 256, 0, 0
+        return self._file
 
-    def _finish_shard(self) -> None:
+    def _finish_shard(self, file: BinaryIO) -> None:
         for name, data in sorted(self._odd, key=lambda item: -item[1].dtype.itemsize):
-            self._write(name, data)
+            self._write(file, name, data)
         header = json.dumps(self._header, separators=(",", ":")).encode()
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._shards.append((Path(self._file.name), [name for name in self._header if name != "__metadata__"]))
+        file.seek(0)
+        file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self._shards.append((Path(file.name), [name for name in self._header if name != "__metadata__"]))
         self._file = None
 
     def close(self) -> None:
         """Finish the last shard, give every file its final name and write the index if there is more than one."""
         if self._file or not self._shards:
-            self._file or self._start_shard()
-            self._finish_shard()
+            self._finish_shard(self._file or self._start_shard())
         count, weight_map = len(self._shards), {}
         for number, (path, names) in enumerate(self._shards, start=1):
             final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from ..progress import Progress
+from ..progress import Advance, Progress
 
 # A pipe or a file has no width: tables are then as wide as they need.
 out = Console() if sys.stdout.isatty() else Console(width=int(os.environ.get("COLUMNS", 160)))
@@ -29,7 +29,7 @@ class BarProgress(Progress):
         self.quiet = quiet
 
     @contextmanager
-    def step(self, title: str, total: int) -> Iterator:
+    def step(self, title: str, total: int) -> Iterator[Advance]:
         if self.quiet:
             yield lambda n=1: None
             return

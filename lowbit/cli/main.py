@@ -329,15 +329,16 @@ def plan(
 
     limit = None if memory is None else parse_size(memory)
     if parameters is not None:
-        rows = plans.plan_parameters(parameters, memory=limit)
+        figures = plans.plan_parameters(parameters, memory=limit)
         if as_json:
-            print_json([asdict(row) for row in rows])
+            print_json([asdict(figure) for figure in figures])
             return
         shown = table("bits", "weights GB", "fits")
-        for row in rows:
-            shown.add_row(f"{row.bits:g}", f"{row.weights_bytes / 1e9:g}", "yes" if row.fits else "no")
+        for figure in figures:
+            shown.add_row(f"{figure.bits:g}", f"{figure.weights_bytes / 1e9:g}", "yes" if figure.fits else "no")
         out.print(shown)
         return
+    assert model is not None
     made = plans.plan(model, recipes=recipe, context=context, memory=limit, kv_bits=kv_bits)
     if as_json:
         print_json(asdict(made))

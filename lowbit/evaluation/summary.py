@@ -45,10 +45,10 @@ def summarize(windows: list[WindowScores], convention: str, *, seed: int = 0) ->
     draws = _draws(len(windows), seed)
     perplexity = _estimate(nll, lambda values: math.exp(float(values.mean())), draws)
     tokens = sum(len(values) for values in nll)
-    if windows[0].kl is None:
+    kl = [scored(w.kl, convention) for w in windows if w.kl is not None]
+    agree = [scored(w.agree, convention) for w in windows if w.agree is not None]
+    if not kl:
         return Summary(convention, tokens, perplexity)
-    kl = [scored(w.kl, convention) for w in windows]
-    agree = [scored(w.agree, convention) for w in windows]
     return Summary(
         convention,
         tokens,

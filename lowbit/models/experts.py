@@ -6,6 +6,9 @@ registered under a name instead, and a model set to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -15,9 +18,21 @@ from ..errors import ModelError
 EXPERTS_IMPLEMENTATION = "lowbit"
 
 
+class FusedExperts(Protocol):
+    """What experts_forward uses of transformers' modules. down_proj: [experts, hidden, intermediate]."""
+
+    num_experts: int
+    has_gate: bool
+    down_proj: Tensor
+    act_fn: Callable[[Tensor], Tensor]
+
+    def _apply_gate(self, gate_up_out: Tensor) -> Tensor: ...
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a set of fused experts that this driver runs."""
-    return hasattr(module, "num_experts") and isinstance(getattr(module, "down_proj", None), nn.Parameter) and module.down_proj.ndim == 3
+    down = getattr(module, "down_proj", None)
+    return hasattr(module, "num_experts") and isinstance(down, nn.Parameter) and down.ndim == 3
 
 
 def check_experts(module: nn.Module, name: str) -> None:
@@ -28,7 +43,7 @@ def check_experts(module: nn.Module, name: str) -> None:
         raise ModelError(f"{name}: experts with biases, transposed or interleaved weights are not handled yet ({type(module).__name__}).")
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(self: FusedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run every expert on the tokens routed to it.
 
     hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. self.observe(parameter, expert, x, token), when set, is shown

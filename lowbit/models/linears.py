@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
+from ..tensor import matrix_shape
 from .experts import check_experts, is_experts
 from .skeleton import Skeleton
 
@@ -48,12 +49,12 @@ def find_linears(skeleton: Skeleton, index: int) -> list[Linear]:
     return found
 
 
-def _plain(skeleton: Skeleton, prefix: str, name: str, module: nn.Module) -> Linear:
+def _plain(skeleton: Skeleton, prefix: str, name: str, module: nn.Linear | Conv1D) -> Linear:
     source = skeleton.sources[f"{prefix}.{name}.weight"]
     if source.converter is not None:
         raise ModelError(f"{prefix}.{name}: its weight is joined from {len(source.flat())} tensors of the checkpoint, which cannot be quantized one by one yet.")
     transposed = isinstance(module, Conv1D)
-    shape = tuple(module.weight.shape)
+    shape = matrix_shape(module.weight.shape)
     return Linear(source.flat()[0], name, "weight", shape[::-1] if transposed else shape, transposed=transposed)
 
 
@@ -78,7 +79,7 @@ def _experts(skeleton: Skeleton, prefix: str, name: str, parameter: str, fused: 
 def get_weight(block: nn.Module, linear: Linear) -> Tensor:
     """A view of the matrix, [out_features, in_features]."""
     weight = getattr(block.get_submodule(linear.module), linear.parameter).data
-    if linear.expert is not None:
+    if linear.expert is not None and linear.rows is not None:
         return weight[linear.expert, linear.rows[0] : linear.rows[1]]
     return weight.T if linear.transposed else weight
 
@@ -94,5 +95,5 @@ def outside_matrices(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
     for module in (skeleton.text.get_input_embeddings(), skeleton.model.get_output_embeddings()):
         for name, other in skeleton.model.named_modules():
             if other is module and f"{name}.weight" in skeleton.sources:
-                found[skeleton.sources[f"{name}.weight"].flat()[0]] = tuple(module.weight.shape)
+                found[skeleton.sources[f"{name}.weight"].flat()[0]] = matrix_shape(other.get_parameter("weight").shape)
     return found

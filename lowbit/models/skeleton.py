@@ -53,12 +53,16 @@ class Skeleton:
     unused: list[str] = field(default_factory=list)
 
     @property
-    def text(self) -> nn.Module:
-        return self.model.get_submodule(self.text_name)
+    def text(self) -> transformers.PreTrainedModel:
+        found = self.model.get_submodule(self.text_name)
+        assert isinstance(found, transformers.PreTrainedModel)
+        return found
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.get_submodule(self.blocks_name)
+        found = self.model.get_submodule(self.blocks_name)
+        assert isinstance(found, nn.ModuleList)
+        return found
 
     @property
     def config(self):
@@ -129,11 +133,11 @@ def model_class(config) -> type[transformers.PreTrainedModel]:
             return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
+            return auto._model_mapping[type(config)]  # type: ignore[return-value]  # pairs are of other mappings
     raise ModelError(f"model_type {config.model_type!r} has no language model with a head in transformers; lowbit quantizes decoders.")
 
 
-def find_blocks(model: nn.Module) -> str:
+def find_blocks(model: transformers.PreTrainedModel) -> str:
     """The name of the ModuleList that holds the text model's blocks: the one with the most parameters outside vision and audio towers."""
     text_config = model.config.get_text_config()
     depth = getattr(text_config, "num_hidden_layers", None)
@@ -170,7 +174,7 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> t
         if target not in wanted:
             unused.append(name)
             continue
-        source = sources.setdefault(target, Source({}, by_pattern.get(pattern)))
+        source = sources.setdefault(target, Source({}, None if pattern is None else by_pattern.get(pattern)))
         source.names.setdefault(pattern or name, []).append(name)
     _refuse_missing(model, sources, wanted, checkpoint)
     return sources, unused
@@ -216,7 +220,7 @@ def load_parameter(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
     converter = copy.deepcopy(source.converter)
     for pattern, names in source.names.items():
         for key in names:
-            converter.add_tensor(name, key, pattern, lambda key=key: _dense(skeleton, key, dtype))
+            converter.add_tensor(name, key, pattern, lambda key=key: _dense(skeleton, key, dtype))  # type: ignore[arg-type]  # callables are taken too
     made = converter.convert(name, model=skeleton.model, config=skeleton.config)[name]
     made = made[0] if isinstance(made, list) else made
     wanted = skeleton.model.get_parameter(name).shape
@@ -262,13 +266,13 @@ def fill_buffers(model: transformers.PreTrainedModel, module: nn.Module, device:
 
 def _make_buffers(model: transformers.PreTrainedModel, part: nn.Module, device: torch.device) -> None:
     """Buffers that are in no checkpoint, by the model's own _init_weights."""
-    names = [n for n, b in part._buffers.items() if b is not None and b.is_meta]
-    for name in names:
-        part._buffers[name] = torch.full_like(part._buffers[name], math.nan if part._buffers[name].is_floating_point() else 0, device=device)
-    if names:
+    empty = {n: b for n, b in part._buffers.items() if b is not None and b.is_meta}
+    for name, buffer in empty.items():
+        part._buffers[name] = torch.full_like(buffer, math.nan if buffer.is_floating_point() else 0, device=device)
+    if empty:
         model._init_weights(part)
-    for name in names:
-        value = part._buffers[name]
+    for name in empty:
+        value = part.get_buffer(name)
         if value.is_floating_point() and bool(value.isnan().any()):
             raise ModelError(f"{type(part).__name__}.{name} is in no checkpoint and {type(model).__name__} does not say how to make it.")
 

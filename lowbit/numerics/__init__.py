@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import FormatError, RecipeError, ShapeError
 from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 from . import cast, ggml, integer
 
 __all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values"]
@@ -44,7 +44,7 @@ def _ggml_entry(name: str) -> Format:
     kind = ggml.BLOCK_TYPES[name]
     return Format(
         quantize=lambda W, scheme, search, importance: QuantizedTensor(
-            scheme, tuple(W.shape), str(W.dtype).removeprefix("torch."), {"blocks": ggml.encode(W, name, importance=importance)}
+            scheme, matrix_shape(W.shape), str(W.dtype).removeprefix("torch."), {"blocks": ggml.encode(W, name, importance=importance)}
         ),
         dequantize=lambda qt: ggml.decode(qt.parts["blocks"], name),
         bits=lambda scheme, rows, columns: rows * (columns // kind.block_size) * kind.block_bytes * 8,

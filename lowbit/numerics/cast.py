@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..scheme import RangeSearch, Scheme
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 
 
 def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), importance: Tensor | None = None) -> QuantizedTensor:
@@ -15,7 +15,7 @@ def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), imp
     weight = W.to(getattr(torch, scheme.format), copy=True)
     if not bool(torch.isfinite(weight).all()):
         raise FormatError(f"a value of {float(W.float().abs().max()):.3g} does not fit {scheme.format} (or is NaN); use bfloat16 or float32.")
-    return QuantizedTensor(scheme, tuple(W.shape), str(W.dtype).removeprefix("torch."), {"weight": weight})
+    return QuantizedTensor(scheme, matrix_shape(W.shape), str(W.dtype).removeprefix("torch."), {"weight": weight})
 
 
 def dequantize(qt: QuantizedTensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FormatError, ShapeError
 from ..scheme import RangeSearch, Scheme
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 
 _SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 _LARGEST = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
@@ -38,8 +38,9 @@ def from_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
     """Wrap codes uint8 [out, in], scale and zero_point [rows, groups] as a QuantizedTensor."""
     parts = {"codes": codes, "scale": scale.to(getattr(torch, scheme.scale_dtype))}
     if not scheme.symmetric:
+        assert zero is not None
         parts["zero_point"] = zero.to(torch.uint8)
-    return QuantizedTensor(scheme, tuple(codes.shape), dtype, parts)
+    return QuantizedTensor(scheme, matrix_shape(codes.shape), dtype, parts)
 
 
 def dequantize(qt: QuantizedTensor) -> Tensor:

@@ -85,10 +85,10 @@ def _grid(groups: Tensor, low: Tensor, high: Tensor, scheme: Scheme, search: Ran
         better = (gain > best) & (fitted.sign() == scale.sign())  # false for 0 / 0
         best = torch.where(better, gain, best)
         best_scale = torch.where(better, fitted, best_scale)
-        best_zero = None if zero is None else torch.where(better, zero, best_zero)
+        best_zero = None if zero is None or best_zero is None else torch.where(better, zero, best_zero)
     best_scale = integer.round_scale(best_scale, scheme)
     worse = squared_error(groups, best_scale, best_zero, scheme, weights) > squared_error(groups, start_scale, start_zero, scheme, weights)
-    return torch.where(worse, start_scale, best_scale), None if best_zero is None else torch.where(worse, start_zero, best_zero)
+    return torch.where(worse, start_scale, best_scale), None if start_zero is None or best_zero is None else torch.where(worse, start_zero, best_zero)
 
 
 def _golden(groups, low, high, scheme, search, weights):

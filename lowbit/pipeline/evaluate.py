@@ -6,18 +6,20 @@ Original and quantized models never are in memory whole; what is held is the hid
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ..checkpoints import Checkpoint, open_checkpoint
+from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint
 from ..errors import DataError, ModelError
 from ..evaluation.metrics import CONVENTIONS, WindowScores, score_window
 from ..evaluation.summary import Summary, summarize
 from ..models import skeleton as sk
 from ..models.linears import outside_matrices
-from ..progress import SILENT, Progress
+from ..progress import SILENT, Advance, Progress
 from . import resources
 from .calibration import Windows, default_text, packed, read_texts
 from .hidden import HiddenStates
@@ -65,7 +67,7 @@ def evaluate(model: str | Path, **options) -> Comparison:
 
 
 def compare(
-    models: list[str | Path],
+    models: Sequence[str | Path],
     *,
     against: str | Path,
     names: list[str] | None = None,
@@ -120,7 +122,7 @@ def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     sizes: dict[torch.dtype, int] = {}
     for tensor in checkpoint.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel
-    return max(sizes, key=sizes.get)
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _run_all(checkpoints: list[Checkpoint], dtypes: list[torch.dtype], windows: Windows, device: torch.device, progress: Progress) -> list[list[WindowScores]]:
@@ -145,19 +147,17 @@ def _run_all(checkpoints: list[Checkpoint], dtypes: list[torch.dtype], windows: 
         return _score(models, windows, device, advance)
 
 
-def _score(models, windows: Windows, device: torch.device, advance) -> list[list[WindowScores]]:
+def _score(models, windows: Windows, device: torch.device, advance: Advance) -> list[list[WindowScores]]:
     scores: list[list[WindowScores]] = [[] for _ in models]
     for number, batch in enumerate(models[0][0].batches):
         for row in range(len(batch.ids)):
             ids = batch.ids[row]
-            reference = None
+            reference: Tensor | None = None
             for place, (streamer, states) in enumerate(models):
                 hidden = states.read(number, device)[row : row + 1]
                 logits = streamer.logits(ids.unsqueeze(0), hidden)[0]
-                if place and logits.shape != reference.shape:
-                    common = min(logits.shape[-1], reference.shape[-1])  # vocabularies padded differently
-                    logits, reference = logits[:, :common], reference[:, :common]
-                scores[place].append(score_window(ids, logits, reference))
+                common = logits.shape[-1] if reference is None else min(logits.shape[-1], reference.shape[-1])  # vocabularies padded differently
+                scores[place].append(score_window(ids, logits[:, :common], None if reference is None else reference[:, :common]))
                 reference = logits if place == 0 else reference
                 advance()
     return scores
@@ -170,7 +170,8 @@ def size_of(checkpoint: Checkpoint) -> Size:
     skeleton = sk.build(checkpoint)
     parameters = skeleton.parameter_count()
     outside = set(outside_matrices(skeleton))
-    matrices = {n: q for n, q in {**checkpoint.tensors, **checkpoint.quantized}.items() if len(q.shape) == 2 and n not in outside}
+    entries: dict[str, LazyTensor | LazyQuantized] = {**checkpoint.tensors, **checkpoint.quantized}
+    matrices = {n: q for n, q in entries.items() if len(q.shape) == 2 and n not in outside}
     weights = sum(q.shape[0] * q.shape[1] for q in matrices.values())
     return Size(
         file_bytes=sum(p.stat().st_size for p in files),

@@ -120,7 +120,7 @@ def output_energy(D: Tensor, H: Tensor) -> float:
 def _histograms(W: Tensor, error: Tensor) -> dict:
     """Counts of weights and of errors in equal bins over [-limit, limit], limit = 4 standard deviations of the weights (errors: a quarter)."""
     limit = float(W.std()) * 4 or 1.0
-    counts = {"limit": _round(limit)}
+    counts: dict[str, float | list[int]] = {"limit": _round(limit)}
     for key, values, reach in (("weight", W, limit), ("error", error, limit / 4)):
         counts[key] = torch.histc(values, HISTOGRAM_BINS, -reach, reach).int().tolist()
     return counts

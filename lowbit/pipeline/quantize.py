@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +19,12 @@ import transformers
 
 from .. import __version__, numerics
 from ..algorithms import algorithm
-from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
+from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint, target
 from ..errors import ModelError, RecipeError
 from ..models import skeleton as sk
 from ..models.linears import Linear, find_linears, outside_matrices
 from ..models.skeleton import Skeleton
-from ..progress import SILENT, Progress
+from ..progress import SILENT, Advance, Progress
 from ..recipe import Calibration, Recipe
 from ..scheme import CASTS
 from ..tensor import QuantizedTensor
@@ -42,6 +42,8 @@ from .streaming import Streamer
 
 log = logging.getLogger(__name__)
 RECORD_BYTES = 4096
+
+_Place = tuple[str, str, int | None, tuple[int, int] | None]  # of a matrix inside a block: module, parameter, expert and rows
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,9 @@ def _windows(setup: _Setup, tokenizer) -> Windows:
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A hash of every tensor's name, shape and dtype and of the config: what the model is, without reading its weights."""
-    entries = sorted((name, list(t.shape), str(t.dtype)) for name, t in {**checkpoint.tensors, **checkpoint.quantized}.items())
-    return hashlib.sha256(json.dumps([entries, checkpoint.config], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    entries: dict[str, LazyTensor | LazyQuantized] = {**checkpoint.tensors, **checkpoint.quantized}
+    described = sorted((name, list(t.shape), str(t.dtype)) for name, t in entries.items())
+    return hashlib.sha256(json.dumps([described, checkpoint.config], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _key(setup: _Setup, windows: Windows | None) -> dict:
@@ -315,7 +318,8 @@ def _run_without_data(setup: _Setup, job: Job, first: int, peak: resources.PeakM
         advance(first)
         for index in range(first, len(setup.linears)):
             block = sk.load_module(setup.skeleton, setup.skeleton.block_name(index), torch.float32, setup.device)
-            tensors, records = {}, {}
+            tensors: dict[str, QuantizedTensor] = {}
+            records: dict[str, dict] = {}
             for linear in setup.linears[index]:
                 made, record = quantize_group(block, InputGroup([linear]), setup.plans, _dtypes(setup, [linear]))
                 tensors |= made
@@ -335,10 +339,10 @@ class _BlockWorker:
 
     def __init__(self, setup: _Setup, streamer: Streamer, peak: resources.PeakMemory, job: Job) -> None:
         self.setup, self.streamer, self.peak, self.job = setup, streamer, peak, job
-        self._plans: dict[tuple, list[list[tuple[str, ...]]]] = {}  # input groups of blocks that look alike
+        self._plans: dict[tuple[_Place, ...], list[list[_Place]]] = {}  # input groups of blocks that look alike
         self.steps_per_block = 2 * len(streamer.batches)
 
-    def run(self, index: int, source: HiddenStates, goal: HiddenStates | None, advance: Callable[[int], None]) -> tuple[dict[str, QuantizedTensor], dict[str, dict]]:
+    def run(self, index: int, source: HiddenStates, goal: HiddenStates | None, advance: Advance) -> tuple[dict[str, QuantizedTensor], dict[str, dict]]:
         setup, streamer = self.setup, self.streamer
         block = streamer.load_block(index)
         linears = [linear for linear in setup.linears[index] if linear.name in setup.plans]
@@ -347,7 +351,8 @@ class _BlockWorker:
         if "loss" in setup.needs:
             guidance.weigh(groups, setup.plans, self.job, index, streamer.batches)
         turns = stages(groups) if setup.recipe.true_sequential else [groups] if groups else []
-        tensors, records = {}, {}
+        tensors: dict[str, QuantizedTensor] = {}
+        records: dict[str, dict] = {}
         for number, stage in enumerate(turns):
             self._collect(collector, stage, index, block, source, advance if number == 0 else lambda n=1: None)
             notes = share_scarce(stage)
@@ -366,7 +371,7 @@ class _BlockWorker:
             advance(len(streamer.batches))
         return tensors, records
 
-    def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, advance) -> None:
+    def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, advance: Advance) -> None:
         current, start = Current(), 0
         with collector.collect(stage, self.setup.needs, current):
             for number, batch in enumerate(self.streamer.batches):

@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from .. import numerics
 from ..algorithms import ALGORITHMS, check_format, make_options
@@ -87,9 +88,9 @@ def _short(text: str, *, name: str) -> Draft:
     return Draft(recipe, group_given="group" in found or scheme.format != INT, scale_given=False, target_given=False)
 
 
-def _words(text: str) -> dict[str, object]:
+def _words(text: str) -> dict[str, Any]:
     """What the words of a short form say: format, symmetric, group, algorithm, range, search."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
 
     def put(key: str, value: object, word: str) -> None:
         if key in found and found[key] != value:
@@ -222,7 +223,13 @@ def _options(algorithm: str, options: dict) -> object:
     return made
 
 
-_TYPES = {"str": (str, "a text"), "bool": (bool, "true or false"), "int": (int, "a whole number"), "float": ((int, float), "a number"), "dict": (dict, "a table")}
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "a text"),
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "dict": (dict, "a table"),
+}
 
 
 def _refuse_wrong_types(cls: type, data: dict, where: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Streamer:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        return [tuple(batch.ids.shape) for batch in self.batches]
+        return [(len(batch.ids), batch.ids.shape[1]) for batch in self.batches]
 
     @property
     def hidden_size(self) -> int:
@@ -72,7 +73,7 @@ class Streamer:
         embedding, head = skeleton.text.get_input_embeddings(), skeleton.model.get_output_embeddings()
         for name, module in list(sk.modules_outside_blocks(skeleton)):
             if module is embedding:
-                _compact_embedding(skeleton, name, module, self.batches, self.dtype, self.device)
+                _compact_embedding(skeleton, name, cast(nn.Embedding, module), self.batches, self.dtype, self.device)
             elif module is head:
                 chunked = ChunkedHead(skeleton, name, module, self.dtype, self.device)
                 owner, _, leaf = name.rpartition(".")
@@ -198,7 +199,7 @@ def _share(calls: list[Call], first: list[Call]) -> list[Call]:
     return [Call(same(call.args, base.args), same(call.kwargs, base.kwargs)) for call, base in zip(calls, first, strict=True)]
 
 
-def _compact_embedding(skeleton: Skeleton, name: str, module: nn.Module, batches: list[Batch], dtype: torch.dtype, device: torch.device) -> None:
+def _compact_embedding(skeleton: Skeleton, name: str, module: nn.Embedding, batches: list[Batch], dtype: torch.dtype, device: torch.device) -> None:
     """Fill the input embedding with the rows that the batches use, and no others; ids are mapped on the way in."""
     used = torch.unique(torch.cat([batch.ids.flatten() for batch in batches]))
     vocabulary = module.weight.shape[0]
