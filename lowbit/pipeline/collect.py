@@ -16,7 +16,7 @@ from ..errors import ModelError
 from ..models.linears import Linear
 from ..stats import LayerStats
 
-PANEL = 2048
+PANEL = 384
 TOKENS = 2048
 
 
