@@ -9,6 +9,7 @@ from .errors import RecipeError
 RANGES = ("textbook", "half", "full")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 INT = "int"
+OWN_GROUPS = ("nf4", "fp4", "fp8_e4m3", "fp8_e5m2")  # other formats than integers whose blocks are chosen, not fixed
 CASTS = ("float32", "float16", "bfloat16")
 
 
@@ -16,9 +17,12 @@ CASTS = ("float32", "float16", "bfloat16")
 class Scheme:
     """How one weight matrix is stored.
 
-    format: "int" (uniform integers), a cast ("float16", "bfloat16", "float32") or a ggml block type ("q4_0", "q4_k", ...).
+    format: "int" (uniform integers), a cast ("float16", "bfloat16", "float32"), a ggml block type ("q4_0", "q4_k", ...), a codebook ("nf4",
+        "fp4") or a small float ("fp8_e4m3", "mxfp4", "nvfp4", ...).
     block: (rows, columns) that share a scale; -1 is the whole axis. (1, 64) is a group of 64 columns of one row,
-        (1, -1) one scale per output channel, (-1, -1) one per tensor.
+        (1, -1) one scale per output channel, (-1, -1) one per tensor. (64, 1) is a group of 64 rows of one column, out_features / 64 apart (HQQ's axis 0).
+    zero_dtype: of asymmetric integers, "int" (a code) or "float" (any number, in scale_dtype: HQQ).
+    nested: of NF4 and FP4, how many magnitudes share the second level of double quantization (bitsandbytes: 256).
     range: of symmetric integers, scale = max|x| / (2^(b-1) - 1) ("textbook"), / (2^(b-1) - 0.5) ("half", the convention of
         compressed-tensors and AutoGPTQ) or / 2^(b-1) ("full", the sign of the largest value kept, as ggml's Q4_0 does).
     """
@@ -29,11 +33,16 @@ class Scheme:
     symmetric: bool = True
     range: str = "half"
     scale_dtype: str = "float32"
-    nested: None = None
+    zero_dtype: str = "int"
+    nested: int | None = None
     outliers: None = None
     act: None = None
 
     def __post_init__(self) -> None:
+        if self.nested is not None and self.nested < 2:
+            raise RecipeError(f"nested is {self.nested}; expected at least 2 magnitudes that share a second scale (bitsandbytes: 256).")
+        if self.format in ("nf4", "fp4") and (self.block[0] != 1 or self.block[1] < 2):
+            raise RecipeError(f"{self.format} has blocks of consecutive weights of a row; block is {self.block}, expected e.g. (1, 64).")
         if self.format != INT:
             return
         if not 2 <= self.bits <= 8:
@@ -42,8 +51,11 @@ class Scheme:
             raise RecipeError(f"range is {self.range!r}; expected one of {', '.join(RANGES)}.")
         if self.scale_dtype not in SCALE_DTYPES:
             raise RecipeError(f"scale_dtype is {self.scale_dtype!r}; expected one of {', '.join(SCALE_DTYPES)}.")
-        if self.block not in ((1, self.block[1]), (-1, -1)) or (self.block[1] < 1 and self.block[1] != -1):
-            raise RecipeError(f"block is {self.block}; expected (1, group_size), (1, -1) for a scale per channel or (-1, -1) for one per tensor.")
+        rows, columns = self.block
+        if not (self.block == (-1, -1) or (rows == 1 and (columns >= 1 or columns == -1)) or (rows > 1 and columns == 1)):
+            raise RecipeError(f"block is {self.block}; expected (1, group_size), (1, -1) for a scale per channel, (-1, -1) for one per tensor or (group_size, 1).")
+        if self.zero_dtype not in ("int", "float"):
+            raise RecipeError(f"zero_dtype is {self.zero_dtype!r}; expected int or float.")
 
     @property
     def group_size(self) -> int:
@@ -66,9 +78,11 @@ class Scheme:
     @property
     def name(self) -> str:
         """The short form, e.g. int4-sym-g64; what a recipe accepts."""
-        if self.format != INT:
+        if self.format != INT and self.format not in OWN_GROUPS:
             return self.format
-        share = {(1, -1): "channel", (-1, -1): "tensor"}.get(self.block, f"g{self.block[1]}")
+        share = {(1, -1): "channel", (-1, -1): "tensor"}.get(self.block, f"g{self.block[1]}" if self.block[0] == 1 else f"g{self.block[0]}-axis0")
+        if self.format != INT:
+            return f"{self.format}-{share}{'-dq' if self.nested else ''}"
         return f"int{self.bits}-{'sym' if self.symmetric else 'asym'}-{share}"
 
     def to_dict(self) -> dict:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RecipeError
+from ..numerics import grids
 from ..recipe import from_dict
 from ..scheme import INT, Scheme
 from ..tensor import QuantizedTensor
 from .gptq import GptqOptions, gptq
+from .hqq import HqqOptions, hqq
 from .rtn import RtnOptions, rtn
 
 
@@ -35,7 +37,15 @@ class Algorithm:
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(rtn, RtnOptions, lambda o: ("sum_sq",) if o.weighted else (), None, True, "round to nearest; no data needed (with weighted=true: calibrated)"),
-    "gptq": Algorithm(gptq, GptqOptions, lambda o: ("hessian", "loss") if o.guided else ("hessian",), (INT,), True, "error feedback through the Hessian of the layer's inputs; needs calibration text"),
+    "gptq": Algorithm(
+        gptq,
+        GptqOptions,
+        lambda o: ("hessian", "loss") if o.guided else ("hessian",),
+        grids.FORMATS,
+        True,
+        "error feedback through the Hessian of the layer's inputs; needs calibration text (guided: a backward sweep, too)",
+    ),
+    "hqq": Algorithm(hqq, HqqOptions, lambda o: (), (INT,), False, "zero-points fitted to a norm that forgives outliers; no data needed"),
 }
 
 

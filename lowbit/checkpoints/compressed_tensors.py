@@ -57,8 +57,11 @@ def check(scheme: Scheme, shape: tuple[int, ...], name: str) -> None:
     layer = name.removesuffix(".weight")
     if scheme.format not in (INT, *CASTS):
         raise RecipeError(
-            f"{layer}: compressed-tensors cannot hold {scheme.name}; it holds int2 to int8 and {', '.join(CASTS)}. Use int4-sym-g32, or write GGUF."
+            f"{layer}: compressed-tensors cannot hold {scheme.name}; it holds int2 to int8 and {', '.join(CASTS)}. "
+            "Use one of those, --to gguf for ggml's types, or --to safetensors, which writes the decoded values."
         )
+    if scheme.format == INT and (scheme.zero_dtype != "int" or scheme.block[0] > 1):
+        raise RecipeError(f"{layer}: compressed-tensors has whole zero-points and groups along rows, and {scheme.name} has not. Use --to safetensors, which writes the decoded values.")
     numerics.check_shape(scheme, shape, name=layer)
     if scheme.format != INT or scheme.group_size == -1 or shape[1] % scheme.group_size == 0:
         return

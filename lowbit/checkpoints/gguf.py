@@ -237,20 +237,13 @@ def _bytes(info: TensorInfo, order: Tensor | None, start: int, stop: int) -> Ten
 
 def _quantized(info: TensorInfo, order: Tensor | None) -> LazyQuantized:
     name = _BLOCK_NAMES[info.type_id]
-    scheme = block_scheme(name)
+    scheme = ggml.scheme(name)
 
     def rows(start: int, stop: int) -> QuantizedTensor:
         blocks = _bytes(info, order, start, min(stop, info.shape[0]))
         return QuantizedTensor(scheme, (len(blocks), info.shape[1]), _STANDS_FOR, {"blocks": blocks})
 
     return LazyQuantized(scheme, matrix_shape(info.shape), getattr(torch, _STANDS_FOR), lambda: rows(0, info.shape[0]), info.nbytes, rows)
-
-
-def block_scheme(type_name: str) -> Scheme:
-    """The scheme of a ggml block type."""
-    group = 16 if type_name in ("q2_k", "q3_k", "q6_k") else 32
-    symmetric = type_name in ("q4_0", "q5_0", "q8_0", "q3_k", "q6_k")
-    return Scheme(format=type_name, bits=int(type_name[1]), block=(1, group), symmetric=symmetric, range="full", scale_dtype="float16")
 
 
 def _dense(info: TensorInfo, order: Tensor | None = None, *, shift: float = 0.0) -> LazyTensor:

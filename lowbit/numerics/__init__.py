@@ -14,9 +14,9 @@ from torch import Tensor
 from ..errors import FormatError, RecipeError, ShapeError
 from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import cast, ggml, integer
+from . import cast, codebook, floating, ggml, integer
 
-__all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values"]
+__all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values", "scheme_of"]
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,22 @@ class Format:
 
     quantize: (W, scheme, search, importance) -> QuantizedTensor, plain rounding. dequantize: QuantizedTensor -> float32.
     bits: (scheme, out_features, in_features) -> stored bits in all. multiple: in_features must be divisible by it.
+    rowwise: (scheme, in_features) -> whether all parts have a row for each output, so that matrices can be put together and taken apart by rows.
     """
 
     quantize: Callable[[Tensor, Scheme, RangeSearch, Tensor | None], QuantizedTensor]
     dequantize: Callable[[QuantizedTensor], Tensor]
     bits: Callable[[Scheme, int, int], int]
     multiple: int = 1
+    rowwise: Callable[[Scheme, int], bool] = lambda scheme, columns: True
     description: str = ""
 
 
 def _int_bits(scheme: Scheme, rows: int, columns: int) -> int:
-    groups = 1 if scheme.block == (-1, -1) else rows * scheme.groups(columns)
+    groups = 1 if scheme.block == (-1, -1) else rows // scheme.block[0] * columns if scheme.block[0] > 1 else rows * scheme.groups(columns)
     scale_bits = 32 if scheme.scale_dtype == SCALE_DTYPES[0] else 16
-    return rows * columns * scheme.bits + groups * (scale_bits + (0 if scheme.symmetric else scheme.bits))
+    zero_bits = 0 if scheme.symmetric else scheme.bits if scheme.zero_dtype == "int" else scale_bits
+    return rows * columns * scheme.bits + groups * (scale_bits + zero_bits)
 
 
 def _ggml_entry(name: str) -> Format:
@@ -54,10 +57,32 @@ def _ggml_entry(name: str) -> Format:
 
 
 FORMATS: dict[str, Format] = {
-    INT: Format(integer.quantize, integer.dequantize, _int_bits, description="uniform integers, 2 to 8 bits, with a scale per group"),
+    INT: Format(integer.quantize, integer.dequantize, _int_bits, rowwise=lambda scheme, columns: scheme.block[0] == 1, description="uniform integers, 2 to 8 bits, with a scale per group"),
     **{name: Format(cast.quantize, cast.dequantize, cast.bits, description=f"rounded to {name}") for name in CASTS},
     **{name: _ggml_entry(name) for name in ggml.BLOCK_TYPES},
+    **{
+        name: Format(codebook.quantize, codebook.dequantize, codebook.bits, rowwise=codebook.rowwise, description=f"{name.upper()}: 16 values times the largest magnitude of a block")
+        for name in codebook.CODES
+    },
+    **{
+        name: Format(floating.quantize, floating.dequantize, floating.bits, floating.KINDS[name].block or 1, floating.rowwise, description=floating.describe(name))
+        for name in floating.KINDS
+    },
 }
+
+
+def scheme_of(name: str, *, bits: int = 4, **given: object) -> Scheme:
+    """The scheme of a number format by its name, e.g. "nf4", "q4_k", "int" (with bits), with what belongs to it; given: fields that are chosen (block, nested, ...)."""
+    if name == INT:
+        return Scheme(INT, bits, **given)  # type: ignore[arg-type]
+    if name in codebook.CODES:
+        return Scheme(name, 4, **given)  # type: ignore[arg-type]
+    if name in floating.KINDS:
+        kind = floating.KINDS[name]
+        return Scheme(name, kind.element.bits, **{"block": (1, kind.block) if kind.block else (1, -1), **given})  # type: ignore[arg-type]
+    if name in ggml.BLOCK_TYPES:
+        return ggml.scheme(name)
+    return Scheme(name, 32 if name == "float32" else 16)
 
 
 def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), importance: Tensor | None = None) -> QuantizedTensor:

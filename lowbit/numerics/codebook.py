@@ -12,9 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import FormatError
 from ..scheme import RangeSearch, Scheme
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 
 NESTED_BLOCK = 256
 
@@ -24,9 +24,7 @@ CODES: dict[str, tuple[float, ...]] = {
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
-    "fp4": (
-        0.0, 0.0052083334, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25, 0.0, -0.0052083334, -0.6666667, -1.0, -0.3333333, -0.5, -0.1666667, -0.25,
-    ),
+    "fp4": (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 0.5, 2 / 12, 0.25, 0.0, -0.0625 / 12, -8 / 12, -1.0, -4 / 12, -0.5, -2 / 12, -0.25),
 }  # fmt: skip
 
 
@@ -35,15 +33,21 @@ def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), imp
     flat = W.reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % scheme.block[1])).view(-1, scheme.block[1])
     absmax = blocks.abs().amax(1).float()
+    if not bool(torch.isfinite(absmax).all()):
+        raise FormatError("the weight holds values that are NaN or infinite.")
     scaled = blocks.float().mul_(_inverse(absmax).unsqueeze(1)).clamp_(-1, 1)
     codes = nearest(scaled, scheme.format).view(-1)[: flat.numel()].view(W.shape)
     return from_codes(codes, absmax, scheme, str(W.dtype).removeprefix("torch."))
 
 
 def from_codes(codes: Tensor, absmax: Tensor, scheme: Scheme, dtype: str) -> QuantizedTensor:
-    """Wrap codes uint8 [out, in] and the magnitudes float32 [blocks], which become codes themselves in a nested scheme."""
-    parts = {"codes": codes, **(nest(absmax, scheme.nested) if scheme.nested else {"absmax": absmax})}
-    return QuantizedTensor(scheme, tuple(codes.shape), dtype, parts)
+    """Wrap codes uint8 [out, in] and the magnitudes float32 [blocks], which become codes themselves in a nested scheme
+    (stored [out, blocks of a row] where blocks end with the rows)."""
+    if scheme.nested:
+        parts = {"codes": codes, **nest(absmax, scheme.nested)}
+    else:
+        parts = {"codes": codes, "absmax": absmax.view(len(codes), -1) if rowwise(scheme, codes.shape[1]) else absmax}
+    return QuantizedTensor(scheme, matrix_shape(codes.shape), dtype, parts)
 
 
 def dequantize(qt: QuantizedTensor) -> Tensor:
@@ -57,7 +61,7 @@ def dequantize(qt: QuantizedTensor) -> Tensor:
 def absmax(qt: QuantizedTensor) -> Tensor:
     """The magnitude of each block, float32 [blocks], as the consumer computes it."""
     if not qt.scheme.nested:
-        return qt.parts["absmax"]
+        return qt.parts["absmax"].view(-1)
     codes = qt.parts["absmax_codes"]
     values = dynamic_table(codes.device)[codes.int()]
     return values * qt.parts["nested_absmax"].repeat_interleave(qt.scheme.nested)[: len(codes)] + qt.parts["nested_offset"]
@@ -75,11 +79,11 @@ def nest(absmax: Tensor, size: int) -> dict[str, Tensor]:
 
 
 def nearest(x: Tensor, name: str) -> Tensor:
-    """The code of the value nearest to each x in [-1, 1]; of two equally near ones the lower code of those in ascending order of value."""
-    order = sorted(range(16), key=lambda code: (CODES[name][code], code))
-    kept = [code for place, code in enumerate(order) if not place or CODES[name][code] != CODES[name][order[place - 1]]]
-    values = torch.tensor([CODES[name][code] for code in kept], device=x.device)
-    return torch.tensor(kept, dtype=torch.uint8, device=x.device)[_nearest_sorted(x, values)]
+    """The code uint8 of the value nearest to each x in [-1, 1]; halves go to the lower value. FP4 has two zeros: code 0 up to 0, code 8 above it."""
+    values = table(name, x.device)
+    order = torch.argsort(values, stable=True)
+    middles = (values[order[:-1]] + values[order[1:]]) / 2
+    return order.to(torch.uint8)[torch.bucketize(x, middles)]
 
 
 def _nearest_sorted(x: Tensor, values: Tensor) -> Tensor:
@@ -122,7 +126,6 @@ def bits(scheme: Scheme, rows: int, columns: int) -> int:
     return rows * columns * 4 + (8 * blocks + 32 * -(-blocks // scheme.nested) + 32 if scheme.nested else 32 * blocks)
 
 
-def check(scheme: Scheme) -> None:
-    """Raise RecipeError for a block that the format does not have."""
-    if scheme.block[0] != 1 or scheme.block[1] < 2:
-        raise RecipeError(f"{scheme.format} has blocks of consecutive weights; block is {scheme.block}, expected e.g. (1, 64).")
+def rowwise(scheme: Scheme, columns: int) -> bool:
+    """Whether blocks end with the rows and nothing is shared between them."""
+    return not scheme.nested and columns % scheme.block[1] == 0

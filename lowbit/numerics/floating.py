@@ -22,9 +22,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, RecipeError
 from ..scheme import RangeSearch, Scheme
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 from . import integer
 
 _LEAST = -127  # exponent of the smallest E8M0 scale
@@ -73,12 +73,14 @@ KINDS: dict[str, Kind] = {
 
 def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), importance: Tensor | None = None) -> QuantizedTensor:
     """Round W [out_features, in_features] to the nearest elements; the range of a block is its largest magnitude."""
+    if KINDS[scheme.format].block not in (None, scheme.block[1]):
+        raise RecipeError(f"{scheme.format} has blocks of {KINDS[scheme.format].block}; block is {scheme.block}.")
     W32 = W.float()
     groups, _ = integer.to_groups(W32, scheme)
     absmax = groups.abs().amax(-1)
     parts = scales(absmax, scheme)
     codes = encode(W32 / integer.spread(effective_scale(parts, scheme), scheme, W.shape[1]), KINDS[scheme.format].element)
-    return QuantizedTensor(scheme, tuple(W.shape), str(W.dtype).removeprefix("torch."), {"codes": codes, **parts})
+    return QuantizedTensor(scheme, matrix_shape(W.shape), str(W.dtype).removeprefix("torch."), {"codes": codes, **parts})
 
 
 def dequantize(qt: QuantizedTensor) -> Tensor:
@@ -107,6 +109,7 @@ def scales_from(scale: Tensor, scheme: Scheme, total: Tensor | None) -> dict[str
     if kind.scale == "e8m0":
         return {"scale": _exponents(scale * kind.element.largest, kind.element)}
     if kind.scale == "nvfp4":
+        assert total is not None
         return {"scale": encode((scale / total).clamp(min=2.0**-9), E4M3), "global_scale": total}
     return {"scale": integer.round_scale(scale, scheme).to(getattr(torch, scheme.scale_dtype))}
 
@@ -119,7 +122,7 @@ def global_scale(largest: Tensor) -> Tensor:
 def _exponents(absmax: Tensor, element: Element) -> Tensor:
     """Biased exponents uint8 of the power of two that leaves absmax below twice the element's largest power of two."""
     exponent = torch.frexp(absmax).exponent - 1 - element.top  # frexp: x = m 2^e with 0.5 <= m < 1
-    return torch.where(absmax == 0, 0, exponent).clamp_(_LEAST, 127).add_(127).to(torch.uint8)
+    return torch.where(absmax == 0, 0, exponent).clamp(_LEAST, 127).add(127).to(torch.uint8)
 
 
 def effective_scale(parts: dict[str, Tensor], scheme: Scheme) -> Tensor:
@@ -128,7 +131,7 @@ def effective_scale(parts: dict[str, Tensor], scheme: Scheme) -> Tensor:
     if kind.scale == "float":
         return scale.float()
     if kind.scale == "e8m0":
-        return torch.ldexp(torch.ones((), device=scale.device), scale.int() - 127)
+        return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
     return decode(scale, E4M3) * parts["global_scale"]
 
 
@@ -173,3 +176,14 @@ def bits(scheme: Scheme, rows: int, columns: int) -> int:
     groups = 1 if scheme.block == (-1, -1) else rows * scheme.groups(columns)
     each = {"float": 32 if scheme.scale_dtype == "float32" else 16, "e8m0": 8, "nvfp4": 8}[kind.scale]
     return rows * columns * kind.element.bits + groups * each + (32 if kind.scale == "nvfp4" else 0)
+
+
+def rowwise(scheme: Scheme, columns: int) -> bool:
+    """Whether no scale is shared between rows."""
+    return scheme.block != (-1, -1) and KINDS[scheme.format].scale != "nvfp4"
+
+
+def describe(name: str) -> str:
+    kind = KINDS[name]
+    scale = {"float": "a float scale", "e8m0": "a power of two", "nvfp4": "an FP8 scale, and a float for the whole matrix"}[kind.scale]
+    return f"E{kind.element.exponent}M{kind.element.mantissa} floats with {scale} for every {kind.block or 'group'}{' weights' if kind.block else ''}"

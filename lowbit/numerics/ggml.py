@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, ShapeError
+from ..scheme import Scheme
 from .ggml_kquants import (
     FINE_TRIALS,
     KQUANTS,
@@ -155,6 +156,12 @@ def unpack_codes(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor
     shape = (blocks.shape[0], _blocks_per_row(blocks, kind))
     codes, scale, minimum = _unpack_legacy(blocks.reshape(-1, kind.block_bytes), legacy)
     return codes.reshape(shape[0], -1), scale.reshape(shape), None if minimum is None else minimum.reshape(shape)
+
+
+def scheme(type_name: str) -> Scheme:
+    """The scheme of a block type."""
+    symmetric = bounds(_block_type(type_name).name)[0] < 0
+    return Scheme(format=type_name, bits=int(type_name[1]), block=(1, share(type_name)), symmetric=symmetric, range="full", scale_dtype="float16")
 
 
 def affine(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor | None]:

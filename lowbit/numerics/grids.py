@@ -7,15 +7,18 @@ and offset shared by some columns of a row. Columns are fitted in units: a group
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
 from ..scheme import INT, RangeSearch, Scheme
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 from . import codebook, floating, ggml, integer, ranges
+
+PER_TENSOR = (-1, -1)
+FORMATS = (INT, *ggml.BLOCK_TYPES, *codebook.CODES, *floating.KINDS)
 
 
 @dataclass
@@ -50,6 +53,15 @@ class Grid:
     finish: Callable[[Tensor, list[Ranges], str], QuantizedTensor]
 
 
+def join(parts: list[Ranges]) -> Ranges:
+    """The ranges of one unit for the rows of all parts."""
+    def put(name: str) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else torch.cat(found)
+
+    return Ranges(torch.cat([part.scale for part in parts]), put("offset"), put("low"), put("high"), put("stored"))
+
+
 def grid(W: Tensor, scheme: Scheme, search: RangeSearch) -> Grid:
     """The grid of a scheme for W float32 [out_features, in_features]; what depends on the whole matrix is taken from it."""
     columns = W.shape[1]
@@ -66,21 +78,25 @@ def grid(W: Tensor, scheme: Scheme, search: RangeSearch) -> Grid:
 
 
 def _integers(scheme: Scheme, size: int, search: RangeSearch) -> Grid:
-    top = scheme.max_code - scheme.zero_code
+    whole = scheme if scheme.block == PER_TENSOR else replace(scheme, block=(1, -1))
 
     def fit(values: Tensor, importance: Tensor | None) -> Ranges:
-        scale, zero = ranges.fit(values.unsqueeze(1), scheme, search, None if importance is None else importance.view(1, 1, -1))
+        groups, weights = integer.to_groups(values, whole, importance)
+        scale, zero = ranges.fit(groups, scheme, search, weights)
+        scale = scale.expand(len(values), 1)
         if zero is None:
             return Ranges(scale)
+        zero = zero.expand(len(values), 1)
         return Ranges(scale, low=-zero.float(), high=scheme.max_code - zero.float(), stored=zero)
 
     def finish(q: Tensor, found: list[Ranges], dtype: str) -> QuantizedTensor:
-        scale = torch.cat([each.scale for each in found], 1)
-        zero = None if scheme.symmetric else torch.cat([each.stored for each in found], 1)
+        rows = slice(0, 1) if scheme.block == PER_TENSOR else slice(None)
+        scale = torch.cat([each.scale for each in found], 1)[rows]
+        zero = None if scheme.symmetric else _stored(found)[rows]
         shift = scheme.zero_code if zero is None else integer.spread(zero.float(), scheme, q.shape[1])
         return integer.from_codes((q + shift).to(torch.uint8), scale, zero, scheme, dtype)
 
-    return Grid(size, size, (-scheme.zero_code, top), None, fit, finish)
+    return Grid(size, size, (-scheme.zero_code, scheme.max_code - scheme.zero_code), None, fit, finish)
 
 
 def _ggml(scheme: Scheme) -> Grid:
@@ -91,8 +107,7 @@ def _ggml(scheme: Scheme) -> Grid:
         return Ranges(*ggml.affine(kind.name, blocks), stored=blocks)
 
     def finish(q: Tensor, found: list[Ranges], dtype: str) -> QuantizedTensor:
-        blocks = ggml.with_codes(kind.name, torch.cat([each.stored for each in found], 1), q)
-        return QuantizedTensor(scheme, tuple(q.shape), dtype, {"blocks": blocks})
+        return QuantizedTensor(scheme, matrix_shape(q.shape), dtype, {"blocks": ggml.with_codes(kind.name, _stored(found), q)})
 
     return Grid(kind.block_size, ggml.share(kind.name), ggml.bounds(kind.name), None, fit, finish)
 
@@ -118,13 +133,21 @@ def _floating(W: Tensor, scheme: Scheme, size: int, search: RangeSearch) -> Grid
     rounded = lambda scale: floating.effective_scale(floating.scales_from(scale, scheme, total), scheme)
 
     def fit(values: Tensor, importance: Tensor | None) -> Ranges:
-        return Ranges(_fit_scale(values, importance, search, nearest, element.largest, rounded).unsqueeze(1))
+        rows = len(values)
+        if scheme.block == PER_TENSOR:
+            values, importance = values.reshape(1, -1), None if importance is None else importance.repeat(rows)
+        return Ranges(_fit_scale(values, importance, search, nearest, element.largest, rounded).unsqueeze(1).expand(rows, 1))
 
     def finish(q: Tensor, found: list[Ranges], dtype: str) -> QuantizedTensor:
-        parts = floating.scales_from(torch.cat([each.scale for each in found], 1), scheme, total)
-        return QuantizedTensor(scheme, tuple(q.shape), dtype, {"codes": floating.encode(q, element), **parts})
+        scale = torch.cat([each.scale for each in found], 1)[: 1 if scheme.block == PER_TENSOR else None]
+        parts = floating.scales_from(scale, scheme, total)
+        return QuantizedTensor(scheme, matrix_shape(q.shape), dtype, {"codes": floating.encode(q, element), **parts})
 
     return Grid(size, size, (-element.largest, element.largest), nearest, fit, finish)
+
+
+def _stored(found: list[Ranges]) -> Tensor:
+    return torch.cat([each.stored for each in found if each.stored is not None], 1)
 
 
 def _fit_scale(values: Tensor, importance: Tensor | None, search: RangeSearch, nearest, largest: float, rounded) -> Tensor:

@@ -39,7 +39,7 @@ def from_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
     parts = {"codes": codes, "scale": scale.to(getattr(torch, scheme.scale_dtype))}
     if not scheme.symmetric:
         assert zero is not None
-        parts["zero_point"] = zero.to(torch.uint8)
+        parts["zero_point"] = zero.to(torch.uint8 if scheme.zero_dtype == "int" else parts["scale"].dtype)
     return QuantizedTensor(scheme, matrix_shape(codes.shape), dtype, parts)
 
 
@@ -59,7 +59,11 @@ def dequantize(qt: QuantizedTensor) -> Tensor:
 def encode(W: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """Codes uint8 [out, in] of W float32 on the grid scale, zero_point [rows, groups]."""
     columns = W.shape[1]
-    codes = torch.round(W / spread(scale, scheme, columns))
+    codes = W / spread(scale, scheme, columns)
+    if zero is not None and scheme.zero_dtype == "float":
+        codes += spread(zero, scheme, columns)
+        return codes.round_().clamp_(0, scheme.max_code).to(torch.uint8)
+    codes.round_()
     codes += scheme.zero_code if zero is None else spread(zero.float(), scheme, columns)
     return codes.clamp_(0, scheme.max_code).to(torch.uint8)
 
@@ -72,6 +76,11 @@ def to_groups(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> tu
     if W.ndim != 2:
         raise ShapeError(f"a weight is a matrix [out_features, in_features]; got {list(W.shape)}.")
     rows, columns = W.shape
+    if scheme.block[0] > 1:
+        size = scheme.block[0]
+        if rows % size:
+            raise ShapeError(f"{scheme.name}: groups of {size} rows do not divide {rows} rows.")
+        return W.reshape(size, -1).T.unsqueeze(1), None if importance is None else importance.repeat(rows // size).view(-1, 1, 1)
     if scheme.block == (-1, -1):
         return W.reshape(1, 1, -1), None if importance is None else importance.repeat(rows).view(1, 1, -1)
     size = columns if scheme.group_size == -1 else scheme.group_size
@@ -86,6 +95,8 @@ def to_groups(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> tu
 
 def spread(values: Tensor, scheme: Scheme, columns: int) -> Tensor:
     """Per-group values [rows, groups] at every column [rows, columns] (or broadcastable to it)."""
+    if scheme.block[0] > 1:
+        return values.view(1, -1).expand(scheme.block[0], -1).reshape(-1, columns)
     if values.shape[1] == 1:
         return values
     return values.repeat_interleave(scheme.group_size, dim=1)[:, :columns]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ def add_outer_products(H: Tensor, x: Tensor) -> None:
 @contextmanager
 def _float32_sums(x: Tensor) -> Iterator[None]:
     """While entered, float32 products on the CPU may read their inputs as bfloat16: exact, and fast, if that is what x [tokens, in_features] was."""
-    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not hasattr(setting, "fp32_precision"):  # torch before 2.9
         yield
         return

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,10 @@ def sweep(streamer: Streamer, linears: list[list[Linear]], job: Job, *, seed: in
 def weigh(groups: list[InputGroup], plans: dict[str, LayerPlan], job: Job, index: int, batches: list[Batch]) -> None:
     """Give the input groups of a block the weights of their tokens: matrices that share an input share the sum of their squared gradients."""
     stored = job.tensors(_part(index))
-    mask = None if batches[0].mask is None else torch.cat([batch.mask.flatten() for batch in batches])
+    masks = [batch.mask.flatten() for batch in batches if batch.mask is not None]
+    mask = torch.cat(masks) if masks else None
     for group in groups:
-        options = next((plans[linear.name].options for linear in group.linears if getattr(plans[linear.name].options, "guided", False)), None)
+        options: Any = next((plans[linear.name].options for linear in group.linears if getattr(plans[linear.name].options, "guided", False)), None)
         found = [stored[module] for module in dict.fromkeys(linear.module for linear in group.linears) if module in stored]
         if options is not None and found:
             group.weights = token_weights(torch.stack(found).sum(0), power=options.guide_power, cap=options.guide_cap, mask=mask)
@@ -149,6 +151,7 @@ def _gradient(streamer: Streamer, batch: Batch, row: int, hidden: Tensor, genera
         drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
         targets = drawn if batch.mask is None else torch.where(batch.mask[row], drawn, -100)
         nn.functional.cross_entropy(logits, targets.to(logits.device), ignore_index=-100, reduction="sum").backward()
+    assert hidden.grad is not None
     return hidden.grad[0]
 
 
@@ -170,6 +173,7 @@ def _backward(streamer: Streamer, index: int, linears: list[Linear], inputs: Hid
         with torch.enable_grad():
             output = streamer.run_block_with_gradient(block, index, number, hidden)
             output.backward(gradients.read(number, streamer.device))
+        assert hidden.grad is not None
         gradients.write(number, hidden.grad)
     for handle in handles:
         handle.remove()

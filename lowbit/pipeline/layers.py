@@ -9,7 +9,6 @@ from .. import numerics
 from ..algorithms import algorithm
 from ..errors import ModelError
 from ..models.linears import Linear, get_weight, set_weight
-from ..scheme import INT
 from ..stats import LayerStats, merge
 from ..tensor import QuantizedTensor
 from .collect import InputGroup, symmetrize
@@ -73,14 +72,14 @@ def _alike(linears: list[Linear], plans: dict[str, LayerPlan]) -> list[list[Line
         plan = plans.get(linear.name)
         if plan is None:
             continue
-        together = algorithm(plan.algorithm).rowwise and plan.scheme.block != (-1, -1)
+        together = algorithm(plan.algorithm).rowwise and numerics.entry(plan.scheme).rowwise(plan.scheme, linear.shape[1])
         sets.setdefault((plan.scheme, plan.algorithm, plan.options, None if together else linear.name), []).append(linear)
     return list(sets.values())
 
 
 def _rows(qt: QuantizedTensor, rows: slice, dtype: str) -> QuantizedTensor:
     """Some output rows of a quantized matrix, as standing for a weight of the given dtype."""
-    if qt.scheme.block == (-1, -1) and qt.scheme.format == INT:
+    if not numerics.entry(qt.scheme).rowwise(qt.scheme, qt.shape[1]):
         return QuantizedTensor(qt.scheme, qt.shape, dtype, qt.parts)
     return QuantizedTensor(qt.scheme, (rows.stop - rows.start, qt.shape[1]), dtype, {key: value[rows].contiguous() for key, value in qt.parts.items()})
 

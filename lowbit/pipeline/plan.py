@@ -375,7 +375,7 @@ def _with_fallbacks(model: _Model, recipe: Recipe) -> tuple[dict[str, Scheme], l
         try:
             plans = resolve(recipe, {name: shape}, {})
         except ShapeError:
-            other = replace(recipe.scheme, block=_fitting_group(recipe.scheme, shape[1])) if recipe.scheme.format == INT else Scheme(format="float16")
+            other = replace(recipe.scheme, block=_fitting_group(recipe.scheme, shape[1])) if recipe.scheme.format == INT else numerics.scheme_of("float16")
             counts[shape[1], other.name] += 1
             plans = resolve(replace(recipe, scheme=other), {name: shape}, {})
         schemes |= {key: one.scheme for key, one in plans.items()}

@@ -15,6 +15,7 @@ from ..checkpoints import TARGETS, target
 from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
 from ..models.arch import ROUTERS
+from ..numerics import codebook, floating
 from ..numerics.ggml import BLOCK_TYPES
 from ..recipe import Calibration, Recipe, Rule, from_dict
 from ..scheme import CASTS, INT, Scheme
@@ -28,6 +29,7 @@ PRESETS: dict[str, tuple[str, str]] = {
     "rtn-int4": ("int4-sym-rtn", "plain rounding to 4 bits; no data needed"),
     "rtn-int8": ("int8-sym-rtn", "plain rounding to 8 bits; no data needed"),
 }
+FORMAT_ALIASES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "fp8": "fp8_e4m3", "mxfp8": "mxfp8_e4m3", "mxfp6": "mxfp6_e2m3"}
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
@@ -80,8 +82,8 @@ def _short(text: str, *, name: str) -> Draft:
     """Words in any order joined by "-": a number format, sym|asym, gN|channel|tensor, an algorithm, a range convention, a range search."""
     found = _words(text)
     scheme = _scheme(found)
-    algorithm = found.get("algorithm", "gptq" if scheme.format == INT and scheme.bits < 8 else "rtn")
-    options = {"search": found["search"]} if "search" in found else {}
+    algorithm = found.get("algorithm", "gptq" if "guided" in found or scheme.format == INT and scheme.bits < 8 else "rtn")
+    options = _word_options(found)
     check_format(algorithm, scheme)
     _check_options(algorithm, options)
     recipe = Recipe(name=name, scheme=scheme, algorithm=algorithm, options=options)
@@ -99,11 +101,19 @@ def _words(text: str) -> dict[str, Any]:
 
     for word in text.lower().split("-"):
         _word(word, text, put)
+    if "guided" in found and found.get("algorithm", "gptq") != "gptq":
+        raise RecipeError(f"recipe {text!r}: guided belongs to gptq (Hessians weighted by the gradient of the loss).")
     if "format" not in found:
         raise RecipeError(f"recipe {text!r} names no number format; expected a word like int4, q4_k, q8_0, float16.")
     fmt, _ = found["format"]
-    if fmt != INT and {"symmetric", "group", "range", "search"} & set(found):
-        raise RecipeError(f"recipe {text!r}: {fmt} fixes its own groups, zero-points and ranges; leave out sym, asym, gN and words for ranges.")
+    free = {INT: {"symmetric", "group", "range", "search"}, **dict.fromkeys(codebook.CODES, {"group", "search"})}.get(fmt, set())
+    if fmt in floating.KINDS:
+        free = {"search"} if floating.KINDS[fmt].block else {"group", "search"}
+    if surplus := {"symmetric", "group", "range", "search"} & set(found) - free:
+        words = {"symmetric": "sym and asym", "group": "gN, channel and tensor", "range": "words for ranges", "search": "words for searches"}
+        raise RecipeError(f"recipe {text!r}: {fmt} fixes that itself; leave out {', '.join(words[key] for key in sorted(surplus))}.")
+    if "nested" in found and fmt not in codebook.CODES:
+        raise RecipeError(f"recipe {text!r}: dq (double quantization) belongs to {' and '.join(codebook.CODES)}.")
     if found.get("symmetric") is False and found.get("range") in ("half", "full"):
         raise RecipeError(f"recipe {text!r}: {found['range']} is a range of symmetric integers, and contradicts asym.")
     return found
@@ -112,10 +122,12 @@ def _words(text: str) -> dict[str, Any]:
 def _word(word: str, text: str, put) -> None:
     if match := re.fullmatch(r"int([2-8])", word):
         put("format", (INT, int(match[1])), word)
-    elif word in BLOCK_TYPES or word in CASTS:
+    elif word in BLOCK_TYPES or word in CASTS or word in codebook.CODES or word in floating.KINDS:
         put("format", (word, 0), word)
-    elif word in ("f16", "bf16", "f32"):
-        put("format", ({"f16": "float16", "bf16": "bfloat16", "f32": "float32"}[word], 0), word)
+    elif word in FORMAT_ALIASES:
+        put("format", (FORMAT_ALIASES[word], 0), word)
+    elif word == "dq":
+        put("nested", codebook.NESTED_BLOCK, word)
     elif word in ("sym", "asym"):
         put("symmetric", word == "sym", word)
     elif match := re.fullmatch(r"g([1-9][0-9]*)", word):
@@ -128,20 +140,29 @@ def _word(word: str, text: str, put) -> None:
         put("range", word, word)
     elif word in SEARCH_WORDS:
         put("search", word, word)
+    elif word == "guided":
+        put("guided", True, word)
     else:
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
-            f"int2..int8 or {', '.join(BLOCK_TYPES)} or {', '.join(CASTS)}; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
-            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}."
+            f"int2..int8 or {', '.join((*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *CASTS))}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
+            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; guided."
         )
 
 
-def _scheme(found: dict) -> Scheme:
+def _word_options(found: dict) -> dict:
+    """Options of the algorithm that words stand for."""
+    return {key: found[key] for key in ("search", "guided") if key in found}
+
+
+def _scheme(found: dict[str, Any]) -> Scheme:
     fmt, bits = found["format"]
-    if fmt != INT:
-        return Scheme(format=fmt, bits=BLOCK_TYPES[fmt].block_bytes * 8 // BLOCK_TYPES[fmt].block_size if fmt in BLOCK_TYPES else 16)
-    symmetric = found.get("symmetric", True)
-    return Scheme(INT, bits, found.get("group", (1, AUTO_GROUPS[0])), symmetric, found.get("range", "half"))
+    if fmt == INT:
+        fitted = found.get("algorithm") == "hqq"
+        symmetric = found.get("symmetric", not fitted)
+        return Scheme(INT, bits, found.get("group", (1, AUTO_GROUPS[0])), symmetric, found.get("range", "half"), zero_dtype="float" if fitted else "int")
+    given = {"block": found["group"]} if "group" in found else {}
+    return numerics.scheme_of(fmt, **given, **({"nested": found["nested"]} if "nested" in found else {}))
 
 
 def _toml(path: Path) -> Draft:
@@ -205,7 +226,7 @@ def _rule(entry: object, where: str, recipe: Recipe) -> tuple[Rule, bool]:
     formats = ALGORITHMS[recipe.algorithm].formats
     algorithm = found.get("algorithm") or (recipe.algorithm if formats is None or scheme.format in formats else "rtn")
     check_format(algorithm, scheme)
-    own = {**({"search": found["search"]} if "search" in found else {}), **_table(entry.get("options", {}), f"{where}: options")}
+    own = {**_word_options(found), **_table(entry.get("options", {}), f"{where}: options")}
     options = {**(recipe.options if algorithm == recipe.algorithm and "algorithm" not in found else {}), **own}
     _check_options(algorithm, options)
     return Rule(match, scheme, algorithm, options), "group" in found or scheme.format != INT
@@ -286,7 +307,7 @@ def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[s
         elif name in linears and not _stays_dense(name):
             plans[name] = _plan(recipe.scheme, recipe.algorithm, recipe.options, name, shape, recipe.target)
         elif name in outside and recipe.target == "gguf":
-            plans[name] = _plan(Scheme(format="q8_0", bits=8), "rtn", {}, name, shape, recipe.target)
+            plans[name] = _plan(numerics.scheme_of("q8_0"), "rtn", {}, name, shape, recipe.target)
     idle = [rule.match for rule in recipe.rules if rule.match not in used]
     if idle:
         some = ", ".join(sorted(name.removesuffix(".weight") for name in list(linears)[:3]))
@@ -305,7 +326,7 @@ def _plan(scheme: Scheme, algorithm: str, options: dict, name: str, shape: tuple
         other = fallback(scheme.format, shape[1])
         if other != scheme.format:
             notes = (f"{scheme.format} cannot hold rows of {shape[1]}: {other} was used, as llama-quantize does",)
-            scheme = Scheme(format=other, bits=scheme.bits)
+            scheme = numerics.scheme_of(other)
     check_format(algorithm, scheme)
     TARGETS[target_name].check(scheme, shape, name.removesuffix(".weight"))
     numerics.check_shape(scheme, shape, name=name.removesuffix(".weight"))

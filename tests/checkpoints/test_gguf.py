@@ -264,7 +264,7 @@ def test_llama_cpp_tokenizes_alike(tmp_path, kind, tokenizer):
 
 @pytest.mark.parametrize("type_name", ggml.BLOCK_TYPES)
 def test_blocks_are_written_and_read_unchanged(llama, tmp_path, type_name):
-    checkpoint = quantized(llama[0], gguf.block_scheme(type_name))
+    checkpoint = quantized(llama[0], ggml.scheme(type_name))
     gguf.write(checkpoint, tmp_path / "q.gguf")
     back = gguf.open_file(tmp_path / "q.gguf")
     assert back.quantized.keys() == checkpoint.quantized.keys()
@@ -300,7 +300,7 @@ def test_integers_become_blocks_of_the_same_values(llama, tmp_path, scheme, type
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_quantized_experts_are_stacked_and_taken_apart(tmp_path, kind):
-    checkpoint = quantized(make(tmp_path / "hf", kind, num_hidden_layers=1), gguf.block_scheme("q8_0"))
+    checkpoint = quantized(make(tmp_path / "hf", kind, num_hidden_layers=1), ggml.scheme("q8_0"))
     gguf.write(checkpoint, tmp_path / "q.gguf")
     assert gguf.read_header(tmp_path / "q.gguf").tensors["blk.0.ffn_down_exps.weight"].shape[0] == 4
     back = gguf.open_file(tmp_path / "q.gguf")
@@ -313,7 +313,7 @@ def test_quantized_experts_are_stacked_and_taken_apart(tmp_path, kind):
 
 def test_gpt2s_quantized_matrices_are_out_by_in_and_read_as_transposed_values(tmp_path):
     checkpoint = make(tmp_path / "hf", "gpt2")
-    name, scheme = "transformer.h.0.attn.c_attn.weight", gguf.block_scheme("q8_0")
+    name, scheme = "transformer.h.0.attn.c_attn.weight", ggml.scheme("q8_0")
     qt = numerics.quantize(checkpoint.tensors[name].load().T.contiguous(), scheme)
     entry = LazyQuantized(scheme, qt.shape, torch.float32, lambda: qt)
     tensors = {n: t for n, t in checkpoint.tensors.items() if n != name}
@@ -337,7 +337,7 @@ def test_file_type_and_dtypes(llama, tmp_path):
     header = gguf.read_header(llama[1])
     assert header.get("general.file_type") == 32
     assert {info.type_id for name, info in header.tensors.items() if "norm" in name or name.endswith("bias")} == {0}
-    gguf.write(quantized(llama[0], gguf.block_scheme("q4_k")), tmp_path / "q.gguf")
+    gguf.write(quantized(llama[0], ggml.scheme("q4_k")), tmp_path / "q.gguf")
     assert gguf.read_header(tmp_path / "q.gguf").get("general.file_type") == 14
 
 
@@ -472,9 +472,9 @@ def test_an_unknown_pre_tokenizer_says_what_to_do(llama, tmp_path):
 @pytest.mark.parametrize(
     ("scheme", "shape", "error", "message"),
     [
-        (gguf.block_scheme("q4_k"), (8, 576), ShapeError, "layer: q4_k needs in_features to be a multiple of 256, and 576 is not. Use q5_0"),
-        (gguf.block_scheme("q6_k"), (8, 545), ShapeError, "545 is not. Use float16"),
-        (gguf.block_scheme("q8_0"), (8, 830), ShapeError, "multiple of 32, and 830 is not. Use float16"),
+        (ggml.scheme("q4_k"), (8, 576), ShapeError, "layer: q4_k needs in_features to be a multiple of 256, and 576 is not. Use q5_0"),
+        (ggml.scheme("q6_k"), (8, 545), ShapeError, "545 is not. Use float16"),
+        (ggml.scheme("q8_0"), (8, 830), ShapeError, "multiple of 32, and 830 is not. Use float16"),
         (Scheme(block=(1, 32), scale_dtype="float16"), (8, 830), ShapeError, "in_features = 830"),
         (Scheme(block=(1, 48), scale_dtype="float16"), (8, 96), ShapeError, "groups of 48"),
         (Scheme(block=(1, 32)), (8, 64), RecipeError, "scale_dtype is float32"),
@@ -488,7 +488,7 @@ def test_check_refuses_what_does_not_fit(scheme, shape, error, message):
 
 
 def test_check_accepts_what_fits():
-    for scheme in (*(scheme for scheme, _ in INTS), Scheme(format="bfloat16"), *map(gguf.block_scheme, ggml.BLOCK_TYPES)):
+    for scheme in (*(scheme for scheme, _ in INTS), Scheme(format="bfloat16"), *map(ggml.scheme, ggml.BLOCK_TYPES)):
         gguf.check(scheme, (8, 768), "layer")
     gguf.check(Scheme(format="float16"), (3, 5), "layer")
 

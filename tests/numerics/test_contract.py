@@ -8,12 +8,13 @@ from lowbit.errors import LowbitError, ShapeError
 from lowbit.numerics import FORMATS, bits_per_weight, dequantize, nbytes, quantize
 from lowbit.scheme import INT, Scheme
 
-SCHEMES = [Scheme(format=name, bits=4) for name in FORMATS if name != INT] + [
+SCHEMES = [numerics.scheme_of(name) for name in FORMATS if name != INT] + [Scheme("nf4", 4, (1, 32), nested=256), Scheme("fp8_e4m3", 8, (-1, -1))] + [
     Scheme(bits=b, block=block, symmetric=sym) for b in (2, 3, 4, 5, 8) for block in ((1, 32), (1, -1), (-1, -1)) for sym in (True, False)
 ]
 LARGEST_ERROR = {
     "float32": 0, "float16": 1e-6, "bfloat16": 1e-4, "q8_0": 1e-4, "q6_k": 1e-3, "q5_k": 4e-3, "q5_1": 4e-3, "q5_0": 4e-3, "q4_k": 1e-2, "q4_1": 1e-2,
-    "q4_0": 2e-2, "q3_k": 5e-2, "q2_k": 0.15,
+    "q4_0": 2e-2, "q3_k": 5e-2, "q2_k": 0.15, "nf4": 1.2e-2, "fp4": 2.5e-2, "nvfp4": 1.5e-2, "mxfp4": 2.5e-2, "mxfp6_e2m3": 1.5e-3, "mxfp6_e3m2": 4e-3,
+    "mxfp8_e4m3": 1e-3, "mxfp8_e5m2": 4e-3, "fp8_e4m3": 1e-3, "fp8_e5m2": 4e-3,
 }  # fmt: skip
 INT_ERROR = {2: 0.8, 3: 0.3, 4: 0.06, 5: 0.015, 8: 3e-4}
 
@@ -48,7 +49,7 @@ def test_a_decoded_weight_is_on_the_grid(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
 def test_stored_size(scheme):
     qt = quantize(weights(), scheme)
-    stored = sum(p.numel() * (scheme.bits if key == "codes" else scheme.bits if key == "zero_point" else 8 * p.element_size()) for key, p in qt.parts.items())
+    stored = sum(p.numel() * (scheme.bits if key in ("codes", "zero_point") else 8 * p.element_size()) for key, p in qt.parts.items())
     assert nbytes(scheme, qt.shape) == -(-stored // 8)
     assert bits_per_weight(scheme, qt.shape) == pytest.approx(stored / (6 * 512))
 
@@ -69,7 +70,7 @@ def test_shapes_and_names():
     with pytest.raises(ShapeError, match="multiple of 256, and 576 is not"):
         quantize(weights(2, 576), Scheme(format="q4_k"))
     with pytest.raises(LowbitError, match="not known; known: int"):
-        quantize(weights(), Scheme(format="nf4"))
+        quantize(weights(), Scheme(format="nf5"))
     with pytest.raises(LowbitError, match=r"layer 7: 2 of 3072 values are NaN or infinite"):
         W = weights()
         W[0, :2] = float("nan")
