@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.linears import Linear
 from ..progress import Progress
@@ -147,10 +147,16 @@ def _gradient(streamer: Streamer, batch: Batch, row: int, hidden: Tensor, genera
     """Of one sequence, hidden [1, length, hidden_size]; tokens of padding have none."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        logits = streamer.logits_with_gradient(batch.ids[row : row + 1], hidden)[0].float()
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        targets = drawn if batch.mask is None else torch.where(batch.mask[row], drawn, -100)
-        nn.functional.cross_entropy(logits, targets.to(logits.device), ignore_index=-100, reduction="sum").backward()
+        logits = streamer.logits_with_gradient(batch.ids[row : row + 1], hidden)[0]
+    # The gradient of the cross-entropy at the logits is p - onehot(drawn token); a token is drawn where the sum of p passes a random share of it.
+    gradient = logits.detach().softmax(-1)
+    passed = gradient.cumsum(-1)
+    share = torch.rand(len(gradient), 1, generator=generator).to(passed.device) * passed[:, -1:]
+    drawn = torch.searchsorted(passed, share).clamp_(max=gradient.shape[1] - 1)
+    gradient.scatter_add_(1, drawn, gradient.new_full(drawn.shape, -1.0))
+    if batch.mask is not None:
+        gradient[~batch.mask[row].to(gradient.device)] = 0
+    logits.backward(gradient)
     assert hidden.grad is not None
     return hidden.grad[0]
 
