@@ -1,12 +1,6 @@
-"""GGUF files, version 3: the container of llama.cpp, holding weights, metadata and tokenizer.
+"""GGUF files as checkpoints: under Hugging Face names and in Hugging Face's layout when read, as llama.cpp loads them when written.
 
-    "GGUF"  u32 version  u64 n_tensors  u64 n_kv
-    n_kv times       string key, u32 type, value          string: u64 bytes, UTF-8; array: u32 type, u64 count, values
-    n_tensors times  string name, u32 n_dims, u64 dims (fastest first), u32 ggml type, u64 offset
-    zeros up to general.alignment (32), then the tensors, each padded to it
-
-Files are memory-mapped; the header is checked against the file's size before anything is read by it. Metadata is kept as the bytes
-in the file and decoded when asked for, so that copying it changes nothing. Specification: ggml/docs/gguf.md.
+The container is in gguf_container.py, the names and keys of each architecture in gguf_arch.py, the tokenizer in gguf_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -14,14 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,14 +26,11 @@ from ..tensor import QuantizedTensor, matrix_shape
 from . import gguf_arch, gguf_other, gguf_tokenizer
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .gguf_arch import ROPE_TENSORS, Arch, Place
+from .gguf_container import Header, Metadata, TensorInfo, decode_value, header_bytes, pack_value, read_header
 
 __all__ = ["check", "fallback", "open_file", "read_header", "supported", "write", "write_tokenizer"]
 
 PROVENANCE = "lowbit.provenance"
-_MAGIC = b"GGUF"
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_TYPE_IDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
 _DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 _DENSE_IDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 _BLOCK_NAMES = {kind.type_id: name for name, kind in ggml.BLOCK_TYPES.items()}
@@ -59,55 +47,6 @@ _FILE_TYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a file. shape: in torch's order. rows: its bytes, uint8 [first axis (or all rows of a stack), row bytes], memory-mapped."""
-
-    name: str
-    type_id: int
-    shape: tuple[int, ...]
-    rows: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.size
-
-
-@dataclass(frozen=True)
-class Header:
-    """A GGUF file without its weights. raw: each key's type and value as bytes of the file."""
-
-    path: Path
-    raw: Mapping[str, bytes]
-    tensors: Mapping[str, TensorInfo]
-
-    def get(self, key: str, default=None):
-        """The value of a key, decoded."""
-        if key not in self.raw:
-            return default
-        try:
-            return _decode(self.raw[key])
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.path}: the metadata {key} is not UTF-8 text: {error}.") from error
-
-
-class _Metadata(Mapping):
-    """A header's metadata as a mapping that decodes on demand."""
-
-    def __init__(self, header: Header) -> None:
-        self._header = header
-
-    def __getitem__(self, key: str):
-        if key not in self._header.raw:
-            raise KeyError(key)
-        return self._header.get(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._header.raw)
-
-    def __len__(self) -> int:
-        return len(self._header.raw)
-
 
 def open_file(path: Path) -> Checkpoint:
     """Open a GGUF file (of a split one, any of its parts) lazily, under Hugging Face names and in Hugging Face's layout.
@@ -116,7 +55,7 @@ def open_file(path: Path) -> Checkpoint:
     matrices that Hugging Face stores transposed (GPT-2) and everything in architectures without an entry in gguf_arch. files is empty: the tokenizer is inside, see write_tokenizer.
     """
     header = read_header(path)
-    metadata, name = _Metadata(header), header.get("general.architecture")
+    metadata, name = Metadata(header), header.get("general.architecture")
     if not isinstance(name, str):
         raise CheckpointError(f"{path}: the metadata lacks general.architecture; the file is not a model.")
     if "token_embd.weight" not in header.tensors:
@@ -281,181 +220,9 @@ def _transposed(lazy: LazyTensor) -> LazyTensor:
 def write_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
     """Write the tokenizer inside a GGUF file, chat template included, as Hugging Face tokenizer files into folder; returns them."""
     header = read_header(path)
-    tokenizer = gguf_tokenizer.rebuild(header.path, _Metadata(header))
+    tokenizer = gguf_tokenizer.rebuild(header.path, Metadata(header))
     folder.mkdir(parents=True, exist_ok=True)
     return tuple(sorted(Path(file) for file in tokenizer.save_pretrained(folder) if Path(file).is_file()))
-
-
-# ---------------------------------------------------------------------------------------------------- reading the container
-
-
-def read_header(path: Path) -> Header:
-    """Read and check the header of a GGUF file; the parts of a split file become one. Raises CheckpointError for a damaged file."""
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if not match:
-        header = _read_part(path)
-        if (header.get("split.count") or 1) != 1:
-            raise CheckpointError(f"{path} is one part of {header.get('split.count')}; give the parts their names back (NAME-00001-of-0000N.gguf).")
-        return header
-    parts = [_read_part(path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf")) for i in range(1, int(match[3]) + 1)]
-    tensors: dict[str, TensorInfo] = {}
-    for part in parts:
-        twice = tensors.keys() & part.tensors.keys()
-        if twice:
-            raise CheckpointError(f"{part.path}: tensor {min(twice)!r} is in an earlier part of the split file too.")
-        tensors.update(part.tensors)
-    expected = parts[0].get("split.tensors.count") if parts else None
-    if expected is not None and expected != len(tensors):
-        raise CheckpointError(f"{path}: the parts of the split file hold {len(tensors)} tensors together; the first one says {expected}.")
-    return Header(parts[0].path, parts[0].raw, tensors)
-
-
-def _read_part(path: Path) -> Header:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
-    size = path.stat().st_size
-    if size < 24:
-        raise CheckpointError(f"{path} has {size} bytes; a GGUF file begins with 24. The download is incomplete.")
-    data = np.memmap(path, mode="r", dtype=np.uint8)
-    try:
-        return _parse(path, data)
-    except (struct.error, OverflowError) as error:
-        raise CheckpointError(f"{path} ends in the middle of its header ({size:,} bytes). The download is incomplete.") from error
-
-
-def _parse(path: Path, data: np.ndarray) -> Header:
-    view = data.data
-    if bytes(view[:4]) != _MAGIC:
-        raise CheckpointError(f"{path} does not begin with GGUF but with {bytes(view[:4])!r}; it is not a GGUF file.")
-    version, n_tensors, n_values = struct.unpack_from("<IQQ", view, 4)
-    if version not in (2, 3):
-        big = version & 0xFFFF == 0
-        raise CheckpointError(f"{path} is {'a big-endian GGUF' if big else f'GGUF version {version}'}; little-endian files of version 2 and 3 are read.")
-    if 13 * n_values + 25 * n_tensors > len(data):
-        raise CheckpointError(f"{path} says it has {n_tensors:,} tensors and {n_values:,} metadata values, more than {len(data):,} bytes can hold. It is damaged.")
-    cursor = _Cursor(path, view, 24)
-    raw = {}
-    for _ in range(n_values):
-        key, value = cursor.text(), cursor.value()
-        if key in raw:
-            raise CheckpointError(f"{path}: the metadata {key!r} is there twice.")
-        raw[key] = value
-    infos = [cursor.tensor() for _ in range(n_tensors)]
-    header = Header(path, raw, {})
-    alignment = header.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise CheckpointError(f"{path}: general.alignment is {alignment!r}; expected a power of two.")
-    tensors = _place(path, data, infos, start=-(-cursor.position // alignment) * alignment, alignment=alignment)
-    return Header(path, raw, tensors)
-
-
-class _Cursor:
-    """Reads a header front to back, never beyond the file."""
-
-    def __init__(self, path: Path, view: memoryview, position: int) -> None:
-        self.path, self.view, self.position = path, view, position
-
-    def number(self, code: str) -> int:
-        (value,) = struct.unpack_from("<" + code, self.view, self.position)
-        self.position += struct.calcsize(code)
-        return value
-
-    def skip(self, size: int) -> None:
-        if size > len(self.view) - self.position:
-            raise CheckpointError(f"{self.path}: {size:,} bytes are announced at byte {self.position:,} and the file ends at {len(self.view):,}. It is truncated or damaged.")
-        self.position += size
-
-    def text(self) -> str:
-        size = self.number("Q")
-        start = self.position
-        self.skip(size)
-        try:
-            return str(self.view[start : start + size], "utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.path}: a name at byte {start:,} is not UTF-8 text: {error}.") from error
-
-    def value(self) -> bytes:
-        """A value with its type, as bytes."""
-        start = self.position
-        kind = self.number("I")
-        if kind == _ARRAY:
-            self._skip_array()
-        elif kind == _STRING:
-            self.skip(self.number("Q"))
-        else:
-            self.skip(self._size(kind))
-        return bytes(self.view[start : self.position])
-
-    def _size(self, kind: int) -> int:
-        if kind not in _SCALARS:
-            raise CheckpointError(f"{self.path}: unknown type {kind} of metadata at byte {self.position:,}.")
-        return struct.calcsize(_SCALARS[kind])
-
-    def _skip_array(self) -> None:
-        kind, count = self.number("I"), self.number("Q")
-        if kind != _STRING:
-            self.skip(count * self._size(kind))
-            return
-        if 8 * count > len(self.view) - self.position:
-            raise CheckpointError(f"{self.path}: an array of {count:,} strings is announced at byte {self.position:,}, more than the file can hold. It is damaged.")
-        view, position, length = self.view, self.position, struct.Struct("<Q").unpack_from
-        for _ in range(count):
-            position += 8 + length(view, position)[0]
-        self.position = position
-        self.skip(0) if position <= len(view) else self._beyond()
-
-    def _beyond(self) -> None:
-        raise CheckpointError(f"{self.path}: a string of the metadata reaches beyond the end of the file. It is truncated or damaged.")
-
-    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape in torch's order, ggml type and offset."""
-        name, n_dims = self.text(), self.number("I")
-        if not 1 <= n_dims <= 4:
-            raise CheckpointError(f"{self.path}: tensor {name!r} has {n_dims} dimensions; ggml knows 1 to 4.")
-        shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
-        return name, shape, self.number("I"), self.number("Q")
-
-
-def _place(path: Path, data: np.ndarray, infos: list, *, start: int, alignment: int) -> dict[str, TensorInfo]:
-    """Check that every tensor lies inside of the file, and map it."""
-    tensors: dict[str, TensorInfo] = {}
-    for name, shape, type_id, offset in infos:
-        where = f"{path}: tensor {name!r}"
-        if name in tensors:
-            raise CheckpointError(f"{where} is there twice.")
-        try:
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
-        except (ValueError, KeyError):
-            raise CheckpointError(f"{where} is of ggml type {type_id}, which this version does not know.") from None
-        if min(shape) < 1 or shape[-1] % block:
-            raise CheckpointError(f"{where} is {list(shape)}; type {GGMLQuantizationType(type_id).name} needs rows of a multiple of {block}.")
-        if offset % alignment:
-            raise CheckpointError(f"{where} begins at offset {offset}, which is not a multiple of {alignment}. The file is damaged.")
-        row_bytes = shape[-1] // block * block_bytes
-        rows, begin = math.prod(shape[:-1]), start + offset
-        size = rows * row_bytes
-        if begin + size > len(data):
-            raise CheckpointError(f"{where} ends at byte {begin + size:,} and the file at {len(data):,}. It is truncated or damaged.")
-        flat = data[begin : begin + size]
-        tensors[name] = TensorInfo(name, type_id, shape, flat.reshape(rows, row_bytes) if len(shape) > 1 else flat.reshape(shape[0] // block, block_bytes))
-    return tensors
-
-
-def _decode(raw: bytes):
-    (kind,) = struct.unpack_from("<I", raw)
-    if kind == _STRING:
-        return raw[12:].decode()
-    if kind != _ARRAY:
-        return struct.unpack_from("<" + _SCALARS[kind], raw, 4)[0]
-    kind, count = struct.unpack_from("<IQ", raw, 4)
-    if kind != _STRING:
-        return list(struct.unpack_from(f"<{count}{_SCALARS[kind]}", raw, 16))
-    texts, position = [], 16
-    for _ in range(count):
-        (size,) = struct.unpack_from("<Q", raw, position)
-        texts.append(raw[position + 8 : position + 8 + size].decode())
-        position += 8 + size
-    return texts
 
 
 # ------------------------------------------------------------------------------------------------------------------ writing
@@ -491,12 +258,12 @@ def write(checkpoint: Checkpoint, path: Path, *, progress: Callable[[int], None]
     planned = _plan(checkpoint, arch, config, source)
     raw = _copied_metadata(source, planned) if source else _made_metadata(checkpoint, arch, config, planned)
     if checkpoint.provenance:
-        raw[PROVENANCE] = _pack("string", json.dumps(checkpoint.provenance, sort_keys=True, ensure_ascii=False))
-    alignment = _decode(raw["general.alignment"]) if "general.alignment" in raw else 32
+        raw[PROVENANCE] = pack_value("string", json.dumps(checkpoint.provenance, sort_keys=True, ensure_ascii=False))
+    alignment = decode_value(raw["general.alignment"]) if "general.alignment" in raw else 32
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(_header_bytes(raw, planned, alignment))
+            file.write(header_bytes(raw, planned, alignment))
             for tensor in planned:
                 _write_tensor(file, tensor, alignment)
                 progress(tensor.nbytes)
@@ -678,15 +445,15 @@ def _made_metadata(checkpoint: Checkpoint, arch: Arch, config: dict, planned: li
         "general.quantization_version": ("u32", 2),
         **gguf_tokenizer.metadata(checkpoint.files, config, rows, where=checkpoint.path),
     }
-    return {key: _pack(kind, value) for key, (kind, value) in values.items()}
+    return {key: pack_value(kind, value) for key, (kind, value) in values.items()}
 
 
 def _copied_metadata(source: Header, planned: list[_Planned]) -> dict[str, bytes]:
     """The metadata of another GGUF, unchanged but for what describes the weights' types and the splitting of the file."""
     raw = {key: value for key, value in source.raw.items() if not key.startswith("split.") and key != PROVENANCE}
     if any(tensor.name not in source.tensors or source.tensors[tensor.name].type_id != tensor.type_id for tensor in planned):
-        raw["general.file_type"] = _pack("u32", _file_type(planned))
-    raw["general.quantization_version"] = _pack("u32", 2)
+        raw["general.file_type"] = pack_value("u32", _file_type(planned))
+    raw["general.quantization_version"] = pack_value("u32", 2)
     return raw
 
 
@@ -700,27 +467,6 @@ def _file_type(planned: list[_Planned]) -> int:
     pure, mixed = _FILE_TYPES[sizes.most_common(1)[0][0]]
     return pure if len(sizes) == 1 else mixed
 
-
-def _pack(kind: str, value: Any) -> bytes:
-    """A metadata value with its type, as bytes of the file."""
-    if kind.endswith("[]"):
-        return struct.pack("<IIQ", _ARRAY, _TYPE_IDS[kind[:-2]], len(value)) + b"".join(_pack(kind[:-2], item)[4:] for item in value)
-    if kind == "string":
-        data = value if isinstance(value, bytes) else value.encode()
-        return struct.pack("<IQ", _STRING, len(data)) + data
-    return struct.pack("<I" + _SCALARS[_TYPE_IDS[kind]], _TYPE_IDS[kind], value)
-
-
-def _header_bytes(raw: Mapping[str, bytes], planned: list[_Planned], alignment: int) -> bytes:
-    parts = [_MAGIC, struct.pack("<IQQ", 3, len(planned), len(raw))]
-    parts += [_pack("string", key)[4:] + value for key, value in raw.items()]
-    offset = 0
-    for tensor in planned:
-        dims = tensor.shape[::-1]
-        parts.append(_pack("string", tensor.name)[4:] + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type_id, offset))
-        offset += -(-tensor.nbytes // alignment) * alignment
-    header = b"".join(parts)
-    return header + bytes(-len(header) % alignment)
 
 
 def _write_tensor(file, tensor: _Planned, alignment: int) -> None:

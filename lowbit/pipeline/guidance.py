@@ -39,7 +39,7 @@ def sweep(streamer: Streamer, linears: list[list[Linear]], job: Job, *, seed: in
     depth = streamer.depth
     if job.has_tensors(_part(0)):
         return
-    step = _step(streamer)
+    step = _step(sum(rows * length for rows, length in streamer.shapes) * streamer.hidden_size * streamer.dtype.itemsize, depth)
     with progress.step("Gradients of the loss", (2 if step == 1 else 3) * depth + 1) as advance:
         kept = _Kept(streamer, job.folder, step)
         gradients = _gradients_of_the_loss(streamer, kept.forward(advance), seed)
@@ -82,9 +82,15 @@ def _part(index: int) -> str:
     return f"loss-{index:05d}"
 
 
-def _step(streamer: Streamer) -> int:
-    size = sum(rows * length for rows, length in streamer.shapes) * streamer.hidden_size * streamer.dtype.itemsize
-    return 1 if size * streamer.depth <= KEPT_BYTES else math.ceil(math.sqrt(streamer.depth))
+def kept_bytes(size: int, depth: int) -> int:
+    """Disk that the sweep takes for a model of depth blocks whose hidden states have size bytes."""
+    step = _step(size, depth)
+    return size * (depth if step == 1 else 2 * step)
+
+
+def _step(size: int, depth: int) -> int:
+    """The inputs of every how many blocks are kept."""
+    return 1 if size * depth <= KEPT_BYTES else math.ceil(math.sqrt(depth))
 
 
 class _Kept:

@@ -33,10 +33,10 @@ def hub(model_folder):
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):  # noqa: N802
+        def do_HEAD(self):
             self.answer(body=False)
 
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             self.answer(body=True)
 
         def answer(self, *, body: bool):

@@ -1,0 +1,142 @@
+"""The blocks of a model, quantized one after the other: passes that collect statistics, the algorithm, a pass through the quantized block."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+import torch
+
+from ..models import skeleton as sk
+from ..models.linears import Linear
+from ..progress import Advance
+from ..tensor import QuantizedTensor
+from . import guidance, resources
+from .calibration import Windows
+from .collect import Collector, Current, InputGroup, StopBlock, stages
+from .hidden import HiddenStates
+from .job import Job
+from .layers import quantize_group, share_scarce
+from .output import dtype_name
+from .setup import Setup
+from .streaming import Streamer
+
+log = logging.getLogger(__name__)
+_Place = tuple[str, str, int | None, tuple[int, int] | None]  # of a matrix inside a block: module, parameter, expert and rows
+
+
+def run(setup: Setup, windows: Windows | None, job: Job, peak: resources.PeakMemory) -> None:
+    """Quantize every block that is not done yet."""
+    depth = len(setup.skeleton.blocks)
+    first = next((i for i in range(depth) if not job.done(part(i))), depth)
+    if first:
+        setup.progress.note(f"Going on at block {first + 1} of {depth}." if first < depth else "All blocks are done; writing.")
+    if windows is None:
+        _run_without_data(setup, job, first, peak)
+        return
+    if first == depth:
+        return
+    streamer = Streamer(setup.skeleton, windows.batches(), dtype=setup.dtype, device=setup.device)
+
+    def states(block: int, *, must_exist: bool = False) -> HiddenStates:
+        return HiddenStates(streamer.shapes, streamer.hidden_size, setup.dtype, file=job.hidden_file(block), must_exist=must_exist)
+
+    if "loss" in setup.needs:
+        guidance.sweep(streamer, setup.linears, job, seed=setup.recipe.seed, progress=setup.progress)
+    source = states(first, must_exist=first > 0)
+    streamer.record(source if first == 0 else None)
+    worker = _BlockWorker(setup, streamer, peak, job)
+    with setup.progress.step("Quantizing blocks", depth * worker.steps_per_block) as advance:
+        advance(first * worker.steps_per_block)
+        for index in range(first, depth):
+            goal = states(index + 1)
+            tensors, records = worker.run(index, source, goal if index + 1 < depth else None, advance)
+            goal.sync()
+            job.save(part(index), tensors, records)
+            resources.release_memory()
+            source = goal
+            peak.look()
+            log.info("block %d of %d done, RssAnon %s", index + 1, depth, resources.human(peak.peak_bytes))
+
+
+def part(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def _run_without_data(setup: Setup, job: Job, first: int, peak: resources.PeakMemory) -> None:
+    """Algorithms that need no statistics: every matrix on its own, no forward pass."""
+    with setup.progress.step("Quantizing blocks", len(setup.linears)) as advance:
+        advance(first)
+        for index in range(first, len(setup.linears)):
+            block = sk.load_module(setup.skeleton, setup.skeleton.block_name(index), torch.float32, setup.device)
+            tensors: dict[str, QuantizedTensor] = {}
+            records: dict[str, dict] = {}
+            for linear in setup.linears[index]:
+                made, record = quantize_group(block, InputGroup([linear]), setup.plans, _dtypes(setup, [linear]))
+                tensors |= made
+                records |= record
+            job.save(part(index), tensors, records)
+            resources.release_memory()
+            peak.look()
+            advance()
+
+
+def _dtypes(setup: Setup, linears: list[Linear]) -> dict[str, str]:
+    return {linear.name: dtype_name(setup.checkpoint, linear.name) for linear in linears}
+
+
+class _BlockWorker:
+    """Quantizes one block after the other: passes that collect statistics, the algorithm, a pass through the quantized block."""
+
+    def __init__(self, setup: Setup, streamer: Streamer, peak: resources.PeakMemory, job: Job) -> None:
+        self.setup, self.streamer, self.peak, self.job = setup, streamer, peak, job
+        self._plans: dict[tuple[_Place, ...], list[list[_Place]]] = {}  # input groups of blocks that look alike
+        self.steps_per_block = 2 * len(streamer.batches)
+
+    def run(self, index: int, source: HiddenStates, goal: HiddenStates | None, advance: Advance) -> tuple[dict[str, QuantizedTensor], dict[str, dict]]:
+        setup, streamer = self.setup, self.streamer
+        block = streamer.load_block(index)
+        linears = [linear for linear in setup.linears[index] if linear.name in setup.plans]
+        collector = Collector(block, linears)
+        groups = self._groups(collector, linears, index, block, source) if linears else []
+        if "loss" in setup.needs:
+            guidance.weigh(groups, setup.plans, self.job, index, streamer.batches)
+        turns = stages(groups) if setup.recipe.true_sequential else [groups] if groups else []
+        tensors: dict[str, QuantizedTensor] = {}
+        records: dict[str, dict] = {}
+        for number, stage in enumerate(turns):
+            self._collect(collector, stage, index, block, source, advance if number == 0 else lambda n=1: None)
+            notes = share_scarce(stage)
+            for group in stage:
+                made, record = quantize_group(block, group, setup.plans, _dtypes(setup, group.linears))
+                for name in record.keys() & notes.keys():
+                    record[name]["notes"] = [*record[name].get("notes", []), notes[name]]
+                tensors |= made
+                records |= record
+                self.peak.look()
+                group.stats.hessian = None
+                resources.release_memory()
+        if goal is not None:
+            streamer.run(block, index, source, goal, tick=advance)
+        else:
+            advance(len(streamer.batches))
+        return tensors, records
+
+    def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, advance: Advance) -> None:
+        current, start = Current(), 0
+        with collector.collect(stage, self.setup.needs, current):
+            for number, batch in enumerate(self.streamer.batches):
+                current.mask, current.tokens = batch.mask, slice(start, start + batch.ids.numel())
+                start = current.tokens.stop
+                with suppress(StopBlock):
+                    self.streamer.run_block(block, index, number, source.read(number, self.streamer.device))
+                advance(1)
+
+    def _groups(self, collector: Collector, linears: list[Linear], index: int, block, source: HiddenStates) -> list[InputGroup]:
+        """Input groups in calling order; found once per kind of block by running it on one micro-batch."""
+        shape = tuple((linear.module, linear.parameter, linear.expert, linear.rows) for linear in linears)
+        by_place = dict(zip(shape, linears, strict=True))
+        if shape not in self._plans:
+            found = collector.discover(lambda: self.streamer.run_block(block, index, 0, source.read(0, self.streamer.device)))
+            self._plans[shape] = [[(x.module, x.parameter, x.expert, x.rows) for x in group.linears] for group in found]
+        return [InputGroup([by_place[place] for place in group]) for group in self._plans[shape]]

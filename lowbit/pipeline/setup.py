@@ -1,0 +1,133 @@
+"""Everything that is known of a quantize job before the first weight is loaded, and what is refused then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import numerics
+from ..algorithms import algorithm
+from ..checkpoints import Checkpoint, open_checkpoint
+from ..errors import ModelError, RecipeError
+from ..models import skeleton as sk
+from ..models.linears import Linear, find_linears, outside_matrices
+from ..models.skeleton import Skeleton
+from ..progress import Progress
+from ..recipe import Calibration, Recipe
+from ..scheme import CASTS
+from . import guidance, recipes, resources
+from .calibration import Windows
+from .output import dtype_name
+from .recipes import LayerPlan
+
+RECORD_BYTES = 4096
+
+
+@dataclass
+class Setup:
+    """Everything that is known before the first weight is loaded."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    recipe: Recipe
+    plans: dict[str, LayerPlan]
+    linears: list[list[Linear]]
+    outside: dict[str, tuple[int, int]]
+    needs: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress
+    notes: list[str]
+
+
+def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress) -> Setup:
+    """Open the model's headers and resolve the recipe (a Draft) against them; the other arguments are quantize's. Raises LowbitError for what cannot be."""
+    checkpoint = open_checkpoint(path)
+    skeleton = sk.build(checkpoint)
+    linears = [find_linears(skeleton, index) for index in range(len(skeleton.blocks))]
+    shapes = {linear.name: linear.shape for block in linears for linear in block}
+    if not shapes:
+        raise ModelError(f"{type(skeleton.model).__name__}: its blocks hold no linear layer that lowbit knows.")
+    outside = outside_matrices(skeleton)
+    recipe, notes = recipes.settle(draft, shapes, dtype_name(checkpoint, next(iter(shapes))))
+    if recipe.target == "compressed-tensors" and any(linear.transposed for block in linears for linear in block):
+        raise ModelError(
+            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which no program reads from compressed-tensors. Write it with --to gguf or --to safetensors."
+        )
+    if any(name in checkpoint.quantized for name in shapes):
+        notes.append("This checkpoint is quantized already; what is lost comes on top of what was lost before.")
+    if skeleton.unused:
+        some = ", ".join(skeleton.unused[:3]) + (", ..." if len(skeleton.unused) > 3 else "")
+        notes.append(f"{type(skeleton.model).__name__} does not use {len(skeleton.unused)} tensors of the checkpoint, which are left out: {some}.")
+    for note in notes:
+        progress.note(note)
+    recipe = replace(recipe, seed=recipe.seed if seed is None else seed, calibration=_override(recipe.calibration, skeleton, calibration, n_samples, seq_len))
+    if recipe.target == "gguf":
+        from ..checkpoints.gguf import supported
+
+        supported(checkpoint.config)
+    plans = recipes.resolve(recipe, shapes, outside)
+    embedding = next(iter(outside), None)
+    if recipe.target == "compressed-tensors" and embedding in plans and plans[embedding].scheme.format not in CASTS:
+        raise RecipeError(f"a rule quantizes the embedding {embedding}, which no program reads from compressed-tensors. Leave it out, or write --to gguf.")
+    if not plans:
+        raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
+    needs = tuple(sorted({need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}))
+    chosen = resources.choose_device(device)
+    return Setup(checkpoint, skeleton, recipe, plans, linears, outside, needs, chosen, resources.choose_dtype(dtype, chosen), progress, notes)
+
+
+def _override(base: Calibration, skeleton: Skeleton, source, n_samples, seq_len) -> Calibration:
+    limit = getattr(skeleton.text_config, "max_position_embeddings", None) or 2048
+    made = replace(
+        base,
+        source=str(source) if source is not None else base.source,
+        n_samples=n_samples if n_samples is not None else base.n_samples,
+        seq_len=seq_len if seq_len is not None else min(base.seq_len, limit),
+    )
+    if made.seq_len > limit:
+        raise ModelError(f"seq_len is {made.seq_len}, and this model takes at most {limit} tokens.")
+    return made
+
+
+def check_resources(setup: Setup, windows: Windows | None, output: Path, *, resumed: bool) -> None:
+    """Raise ResourceError when the disk or the memory will not do."""
+    quantized = sum(numerics.nbytes(plan.scheme, shape) for plan, shape in _planned_shapes(setup))
+    kept = sum(t.nbytes for name, t in setup.checkpoint.tensors.items() if name not in setup.plans)
+    hidden = 0 if windows is None else 2 * windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize
+    if windows is not None and "loss" in setup.needs:
+        hidden += guidance.kept_bytes(windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize, len(setup.skeleton.blocks))
+    beside = sum(file.stat().st_size for file in setup.checkpoint.files) + 2 * RECORD_BYTES * len(setup.plans)
+    disk = 2 * quantized + kept + hidden + beside  # the work folder and the output exist side by side for a while
+    if not resumed:
+        resources.require_disk(output.absolute().parent, disk, purpose="This job")
+    resources.require_memory(memory_estimate(setup, windows), purpose="This job")
+
+
+def refuse_damaged(setup: Setup) -> None:
+    """Raise FormatError when a weight outside the blocks holds NaN or infinity; those in the blocks are looked at when they are loaded."""
+    prefix = f"{setup.skeleton.blocks_name}."
+    inside = {name for parameter, source in setup.skeleton.sources.items() if parameter.startswith(prefix) for name in source.flat()}
+    for name, lazy in setup.checkpoint.tensors.items():
+        if name in inside or not lazy.dtype.is_floating_point:
+            continue
+        for rows in lazy.chunks():
+            numerics.refuse_bad_values(rows, name)
+
+
+def _planned_shapes(setup: Setup):
+    shapes = {linear.name: linear.shape for block in setup.linears for linear in block} | setup.outside
+    return [(plan, shapes[name]) for name, plan in setup.plans.items()]
+
+
+def memory_estimate(setup: Setup, windows: Windows | None) -> int:
+    """Bytes that the job will hold at its peak: a block in the compute dtype, its Hessians, and the largest matrix several times in float32."""
+    block = max(setup.skeleton.block_bytes(i, setup.dtype) for i in range(len(setup.skeleton.blocks)))
+    largest = max(linear.shape[0] * linear.shape[1] for block_linears in setup.linears for linear in block_linears) * 4
+    if windows is None:
+        return largest * 5
+    squares = [{linear.input_key: 4 * linear.shape[1] ** 2 for linear in linears} for linears in setup.linears]
+    hessians = max(sum(inputs.values()) + 6 * max(inputs.values(), default=0) for inputs in squares) if "hessian" in setup.needs else 0  # six copies while one is factorized
+    return 2 * block + hessians + 8 * largest
