@@ -40,7 +40,8 @@ class Rule:
 class Recipe:
     """The first rule that matches a weight wins; other linear layers of the blocks take scheme, everything else is kept.
 
-    options: of the algorithm, by its option names. true_sequential: quantize what feeds on what in turn (about five passes per block).
+    options: of the algorithm, by its option names. transforms: their options by name, in the order in which they are applied.
+    true_sequential: quantize what feeds on what in turn (about five passes per block).
     """
 
     name: str
@@ -48,7 +49,7 @@ class Recipe:
     algorithm: str = "gptq"
     options: dict = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
-    transforms: tuple = ()
+    transforms: dict[str, dict] = field(default_factory=dict)
     calibration: Calibration = Calibration()
     true_sequential: bool = False
     kv_cache: None = None

@@ -9,7 +9,7 @@ from .errors import RecipeError
 RANGES = ("textbook", "half", "full")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 INT = "int"
-OWN_GROUPS = ("nf4", "fp4", "fp8_e4m3", "fp8_e5m2")  # other formats than integers whose blocks are chosen, not fixed
+OWN_GROUPS = ("nf4", "fp4", "fp8_e4m3", "fp8_e5m2", "binary", "ternary")  # other formats than integers whose blocks are chosen, not fixed
 CASTS = ("float32", "float16", "bfloat16")
 
 
@@ -18,7 +18,7 @@ class Scheme:
     """How one weight matrix is stored.
 
     format: "int" (uniform integers), a cast ("float16", "bfloat16", "float32"), a ggml block type ("q4_0", "q4_k", ...), a codebook ("nf4",
-        "fp4") or a small float ("fp8_e4m3", "mxfp4", "nvfp4", ...).
+        "fp4"), a small float ("fp8_e4m3", "mxfp4", "nvfp4", ...) or BitNet's "binary" and "ternary".
     block: (rows, columns) that share a scale; -1 is the whole axis. (1, 64) is a group of 64 columns of one row,
         (1, -1) one scale per output channel, (-1, -1) one per tensor. (64, 1) is a group of 64 rows of one column, out_features / 64 apart (HQQ's axis 0).
     zero_dtype: of asymmetric integers, "int" (a code) or "float" (any number, in scale_dtype: HQQ).

@@ -12,11 +12,13 @@ class LayerStats:
     """Statistics of the inputs x [tokens, in_features] of a linear layer; each is filled only if an algorithm asks for it.
 
     hessian: sum of x x^T over tokens, float32 [in_features, in_features] (GPTQ's H is 2/n times this; the factor cancels).
+    sum_abs: sum of |x| over tokens, float32 [in_features].
     sum_sq: sum of x^2 over tokens, float32 [in_features] (llama.cpp's imatrix is sum_sq / n_tokens).
     absmax: max |x| over tokens, float32 [in_features].
     """
 
     n_tokens: int = 0
+    sum_abs: Tensor | None = None
     sum_sq: Tensor | None = None
     absmax: Tensor | None = None
     hessian: Tensor | None = None
@@ -34,6 +36,7 @@ def merge(a: LayerStats, b: LayerStats) -> LayerStats:
     """The statistics of both shards of data together."""
     return LayerStats(
         n_tokens=a.n_tokens + b.n_tokens,
+        sum_abs=_join(a.sum_abs, b.sum_abs, lambda x, y: x + y),
         sum_sq=_join(a.sum_sq, b.sum_sq, lambda x, y: x + y),
         absmax=_join(a.absmax, b.absmax, lambda x, y: x.maximum(y)),
         hessian=_join(a.hessian, b.hessian, lambda x, y: x + y),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FormatError, RecipeError, ShapeError
 from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import cast, codebook, floating, ggml, integer
+from . import cast, codebook, floating, ggml, integer, ternary
 
 __all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values", "scheme_of"]
 
@@ -68,6 +68,10 @@ FORMATS: dict[str, Format] = {
         name: Format(floating.quantize, floating.dequantize, floating.bits, floating.KINDS[name].block or 1, floating.rowwise, description=floating.describe(name))
         for name in floating.KINDS
     },
+    **{
+        name: Format(ternary.quantize, ternary.dequantize, ternary.bits, rowwise=ternary.rowwise, description=f"{', '.join(f'{v:g}' for v in kind.values)} times a mean magnitude (BitNet)")
+        for name, kind in ternary.KINDS.items()
+    },
 }
 
 
@@ -82,6 +86,8 @@ def scheme_of(name: str, *, bits: int = 4, **given: object) -> Scheme:
         return Scheme(name, kind.element.bits, **{"block": (1, kind.block) if kind.block else (1, -1), **given})  # type: ignore[arg-type]
     if name in ggml.BLOCK_TYPES:
         return ggml.scheme(name)
+    if name in ternary.KINDS:
+        return Scheme(name, ternary.KINDS[name].bits, **{"block": (-1, -1), **given})  # type: ignore[arg-type]
     return Scheme(name, 32 if name == "float32" else 16)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..scheme import INT, RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import codebook, floating, ggml, integer, ranges
+from . import codebook, floating, ggml, integer, ranges, ternary
 
 PER_TENSOR = (-1, -1)
-FORMATS = (INT, *ggml.BLOCK_TYPES, *codebook.CODES, *floating.KINDS)
+FORMATS = (INT, *ggml.BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS)
 
 
 @dataclass
@@ -74,6 +74,8 @@ def grid(W: Tensor, scheme: Scheme, search: RangeSearch) -> Grid:
         if columns % size:
             raise ShapeError(f"{scheme.name}: error feedback needs blocks that end with the rows, and {columns} columns are not a multiple of {size}.")
         return _codebook(scheme, search)
+    if scheme.format in ternary.KINDS:
+        return _ternary(scheme, size)
     return _floating(W, scheme, size, search)
 
 
@@ -123,6 +125,19 @@ def _codebook(scheme: Scheme, search: RangeSearch) -> Grid:
         return codebook.from_codes(codebook.nearest(q, scheme.format), torch.cat([each.scale for each in found], 1).reshape(-1), scheme, dtype)
 
     return Grid(scheme.group_size, scheme.group_size, (-1.0, 1.0), nearest, fit, finish)
+
+
+def _ternary(scheme: Scheme, size: int) -> Grid:
+    def fit(values: Tensor, importance: Tensor | None) -> Ranges:
+        whole = scheme if scheme.block == PER_TENSOR else replace(scheme, block=(1, -1))
+        return Ranges(ternary.mean_magnitude(values, whole).expand(len(values), 1))
+
+    def finish(q: Tensor, found: list[Ranges], dtype: str) -> QuantizedTensor:
+        scale = torch.cat([each.scale for each in found], 1)[: 1 if scheme.block == PER_TENSOR else None]
+        return ternary.from_codes(ternary.encode(q, scheme), scale, scheme, dtype)
+
+    nearest = (lambda x: torch.where(x > 0, 1.0, -1.0)) if scheme.format == "binary" else None
+    return Grid(size, size, (-1, 1), nearest, fit, finish)
 
 
 def _floating(W: Tensor, scheme: Scheme, size: int, search: RangeSearch) -> Grid:

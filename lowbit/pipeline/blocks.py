@@ -6,6 +6,7 @@ import logging
 from contextlib import suppress
 
 import torch
+from torch import nn
 
 from ..models import skeleton as sk
 from ..models.linears import Linear
@@ -20,6 +21,7 @@ from .layers import quantize_group, share_scarce
 from .output import dtype_name
 from .setup import Setup
 from .streaming import Streamer
+from .transform import transform_block
 
 log = logging.getLogger(__name__)
 _Place = tuple[str, str, int | None, tuple[int, int] | None]  # of a matrix inside a block: module, parameter, expert and rows
@@ -57,6 +59,11 @@ def run(setup: Setup, windows: Windows | None, job: Job, peak: resources.PeakMem
             source = goal
             peak.look()
             log.info("block %d of %d done, RssAnon %s", index + 1, depth, resources.human(peak.peak_bytes))
+
+
+def rewritten(index: int) -> str:
+    """The part of a job that holds what transforms changed in a block beside its quantized matrices."""
+    return f"rewritten-{index:05d}"
 
 
 def part(index: int) -> str:
@@ -107,6 +114,8 @@ class _BlockWorker:
         for number, stage in enumerate(turns):
             self._collect(collector, stage, index, block, source, advance if number == 0 else lambda n=1: None)
             notes = share_scarce(stage)
+            if setup.recipe.transforms:
+                self._transform(block, index, stage, source, notes)
             for group in stage:
                 made, record = quantize_group(block, group, setup.plans, _dtypes(setup, group.linears))
                 for name in record.keys() & notes.keys():
@@ -121,6 +130,17 @@ class _BlockWorker:
         else:
             advance(len(streamer.batches))
         return tensors, records
+
+    def _transform(self, block: nn.Module, index: int, groups: list[InputGroup], source: HiddenStates, notes: dict[str, str]) -> None:
+        """Apply the recipe's transforms; what they change beside the quantized matrices goes to the job."""
+        setup = self.setup
+        run = lambda: self.streamer.run_block(block, index, 0, source.read(0, self.streamer.device))
+        changed, done = transform_block(block, groups, setup.plans, setup.recipe.transforms, run if index == 0 else None)
+        prefix = setup.skeleton.block_name(index)
+        sources = {name: setup.skeleton.sources[f"{prefix}.{name}"].flat() for name in changed}
+        self.job.save_tensors(rewritten(index), {names[0]: changed[name] for name, names in sources.items() if len(names) == 1 and names[0] not in setup.plans})
+        for name, note in done.items():
+            notes[name] = f"{notes[name]}; {note}" if name in notes else note
 
     def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, advance: Advance) -> None:
         current, start = Current(), 0

@@ -177,6 +177,9 @@ def accumulate(stats: LayerStats, x: Tensor, needs: tuple[str, ...], weights: Te
     if not len(x):
         return
     stats.n_tokens += len(x)
+    if "sum_abs" in needs:
+        total = x.float().abs().sum(0)
+        stats.sum_abs = total if stats.sum_abs is None else stats.sum_abs + total
     if "sum_sq" in needs:
         total = x.float().square().sum(0)
         stats.sum_sq = total if stats.sum_sq is None else stats.sum_sq + total

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import numerics
 from ..algorithms import algorithm
+from ..algorithms.error import output_energy
 from ..errors import ModelError
 from ..models.linears import Linear, get_weight, set_weight
 from ..stats import LayerStats, merge
@@ -22,9 +23,7 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
 
     dtypes: each weight's own dtype in the checkpoint. Returns the tensors and their records by name.
     """
-    _to_cpu(group.stats)
-    if group.stats.hessian is not None:
-        symmetrize(group.stats.hessian)
+    settle(group.stats)
     tensors: dict[str, QuantizedTensor] = {}
     records: dict[str, dict] = {}
     for linears in _alike(group.linears, plans):
@@ -44,12 +43,14 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
     return tensors, records
 
 
-def _to_cpu(stats: LayerStats) -> None:
-    """Algorithms work there, wherever the block ran."""
-    for name in ("sum_sq", "absmax", "hessian"):
+def settle(stats: LayerStats) -> None:
+    """Statistics as algorithms take them: on the CPU, wherever the block ran, and with both halves of the Hessian."""
+    for name in ("sum_abs", "sum_sq", "absmax", "hessian"):
         value = getattr(stats, name)
         if value is not None:
             setattr(stats, name, value.cpu())
+    if stats.hessian is not None:
+        symmetrize(stats.hessian)
 
 
 def _choose_codes(W: Tensor, plan: LayerPlan, stats: LayerStats, notes: list[str], name: str) -> QuantizedTensor:
@@ -109,11 +110,6 @@ def _record(linear: Linear, plan: LayerPlan, stats: LayerStats, W: Tensor, decod
         record["notes"] = [*plan.notes, *notes]
     record["histograms"] = _histograms(W, error)
     return record
-
-
-def output_energy(D: Tensor, H: Tensor) -> float:
-    """tr(D H D^T): the squared output that D [out, in] makes of the calibration inputs; products in bfloat16, sum in float32."""
-    return float((D.bfloat16() @ H.bfloat16()).float().mul_(D).sum())
 
 
 def _histograms(W: Tensor, error: Tensor) -> dict:

@@ -23,7 +23,7 @@ from ..errors import RecipeError
 from ..progress import SILENT, Progress
 from ..recipe import Recipe
 from . import recipes, resources
-from .blocks import part, run
+from .blocks import part, rewritten, run
 from .calibration import Windows, calibration_windows
 from .job import Job, refuse_existing, work_folder
 from .locate import load_tokenizer, locate, model_name
@@ -178,9 +178,16 @@ def _assemble(setup: Setup, windows: Windows | None, job: Job, tokenizer) -> Che
         if setup.recipe.target != "gguf":
             tensors |= {name: setup.checkpoint.lazy(name) for name in rest}
             rest = {}
+    for index in range(len(setup.skeleton.blocks) if setup.recipe.transforms else 0):
+        for name, value in job.tensors(rewritten(index)).items():
+            tensors[name] = _held(value.to(setup.checkpoint.lazy(name).dtype))
     provenance = _provenance(setup, windows, records)
     made = replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance)
     return made if setup.recipe.target != "safetensors" else as_stored_dense(made, [x for block in setup.linears for x in block])
+
+
+def _held(value: torch.Tensor) -> LazyTensor:
+    return LazyTensor(tuple(value.shape), value.dtype, lambda start, stop: value[start:stop].clone())
 
 
 def _provenance(setup: Setup, windows: Windows | None, records: dict) -> dict:

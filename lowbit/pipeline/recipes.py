@@ -15,10 +15,12 @@ from ..checkpoints import TARGETS, target
 from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
 from ..models.arch import ROUTERS
-from ..numerics import codebook, floating
+from ..numerics import codebook, floating, ternary
 from ..numerics.ggml import BLOCK_TYPES
 from ..recipe import Calibration, Recipe, Rule, from_dict
 from ..scheme import CASTS, INT, Scheme
+from ..transforms import TRANSFORMS
+from ..transforms import make_options as make_transform_options
 
 PRESETS: dict[str, tuple[str, str]] = {
     "w4a16": ("int4-sym-g128-gptq", "4 bits in groups of 128, the usual file for vLLM"),
@@ -33,7 +35,7 @@ FORMAT_ALIASES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "fp8":
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
-FILE_KEYS = ("scheme", "algorithm", "options", "scale_dtype", "rules", "calibration", "true_sequential", "target")
+FILE_KEYS = ("scheme", "algorithm", "options", "transforms", "scale_dtype", "rules", "calibration", "true_sequential", "target")
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ def _short(text: str, *, name: str) -> Draft:
     """Words in any order joined by "-": a number format, sym|asym, gN|channel|tensor, an algorithm, a range convention, a range search."""
     found = _words(text)
     scheme = _scheme(found)
-    algorithm = found.get("algorithm", "gptq" if "guided" in found or scheme.format == INT and scheme.bits < 8 else "rtn")
+    algorithm = found.get("algorithm", "rtn" if _word_transforms(found) else "gptq" if "guided" in found or scheme.format == INT and scheme.bits < 8 else "rtn")
     options = _word_options(found)
     check_format(algorithm, scheme)
     _check_options(algorithm, options)
-    recipe = Recipe(name=name, scheme=scheme, algorithm=algorithm, options=options)
+    recipe = Recipe(name=name, scheme=scheme, algorithm=algorithm, options=options, transforms=_word_transforms(found))
     return Draft(recipe, group_given="group" in found or scheme.format != INT, scale_given=False, target_given=False)
 
 
@@ -107,6 +109,8 @@ def _words(text: str) -> dict[str, Any]:
         raise RecipeError(f"recipe {text!r} names no number format; expected a word like int4, q4_k, q8_0, float16.")
     fmt, _ = found["format"]
     free = {INT: {"symmetric", "group", "range", "search"}, **dict.fromkeys(codebook.CODES, {"group", "search"})}.get(fmt, set())
+    if fmt in ternary.KINDS:
+        free = {"group"}
     if fmt in floating.KINDS:
         free = {"search"} if floating.KINDS[fmt].block else {"group", "search"}
     if surplus := {"symmetric", "group", "range", "search"} & set(found) - free:
@@ -122,7 +126,7 @@ def _words(text: str) -> dict[str, Any]:
 def _word(word: str, text: str, put) -> None:
     if match := re.fullmatch(r"int([2-8])", word):
         put("format", (INT, int(match[1])), word)
-    elif word in BLOCK_TYPES or word in CASTS or word in codebook.CODES or word in floating.KINDS:
+    elif word in BLOCK_TYPES or word in CASTS or word in codebook.CODES or word in floating.KINDS or word in ternary.KINDS:
         put("format", (word, 0), word)
     elif word in FORMAT_ALIASES:
         put("format", (FORMAT_ALIASES[word], 0), word)
@@ -140,19 +144,25 @@ def _word(word: str, text: str, put) -> None:
         put("range", word, word)
     elif word in SEARCH_WORDS:
         put("search", word, word)
+    elif word in TRANSFORMS:
+        put(f"transform {word}", True, word)
     elif word == "guided":
         put("guided", True, word)
     else:
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
-            f"int2..int8 or {', '.join((*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *CASTS))}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
-            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; guided."
+            f"int2..int8 or {', '.join((*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *CASTS))}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
+            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; guided; {', '.join(TRANSFORMS)}."
         )
 
 
 def _word_options(found: dict) -> dict:
     """Options of the algorithm that words stand for."""
     return {key: found[key] for key in ("search", "guided") if key in found}
+
+
+def _word_transforms(found: dict[str, Any]) -> dict[str, dict]:
+    return {name: {} for name in TRANSFORMS if f"transform {name}" in found}
 
 
 def _scheme(found: dict[str, Any]) -> Scheme:
@@ -175,7 +185,7 @@ def _toml(path: Path) -> Draft:
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
     where = str(path)
     for key in data:
-        if key in ("transforms", "kv_cache"):
+        if key == "kv_cache":
             raise RecipeError(f"{where}: {key} is reserved for a later version; leave it out.")
         if key not in FILE_KEYS:
             raise RecipeError(f"{where}: unknown key {key!r}; expected one of {', '.join(FILE_KEYS)}.")
@@ -190,6 +200,12 @@ def _toml(path: Path) -> Draft:
     plain = {key: data[key] for key in ("true_sequential", "target") if key in data}
     _refuse_wrong_types(Recipe, plain, where)
     recipe = Recipe(path.stem, scheme, algorithm, options, calibration=from_dict(Calibration, calibration, where=f"{where}: calibration"), **plain)
+    transforms = {**base.recipe.transforms, **_table(data.get("transforms", {}), f"{where}: transforms")}
+    for name, given in transforms.items():
+        make_transform_options(name, _table(given, f"{where}: transforms.{name}"))
+    if transforms and recipe.true_sequential:
+        raise RecipeError(f"{where}: transforms rescale a block from one pass over it, and true_sequential collects statistics in several; take one of them.")
+    recipe = replace(recipe, transforms=transforms)
     entries = data.get("rules", [])
     if not isinstance(entries, list):
         raise RecipeError(f"{where}: rules is a single table; write [[rules]] for each.")

@@ -17,6 +17,7 @@ from ..models.skeleton import Skeleton
 from ..progress import Progress
 from ..recipe import Calibration, Recipe
 from ..scheme import CASTS
+from ..transforms import TRANSFORMS
 from . import guidance, recipes, resources
 from .calibration import Windows
 from .output import dtype_name
@@ -74,9 +75,10 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         raise RecipeError(f"a rule quantizes the embedding {embedding}, which no program reads from compressed-tensors. Leave it out, or write --to gguf.")
     if not plans:
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
-    needs = tuple(sorted({need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}))
+    needs = {need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}
+    needs |= {need for name in recipe.transforms for need in TRANSFORMS[name].needs}
     chosen = resources.choose_device(device)
-    return Setup(checkpoint, skeleton, recipe, plans, linears, outside, needs, chosen, resources.choose_dtype(dtype, chosen), progress, notes)
+    return Setup(checkpoint, skeleton, recipe, plans, linears, outside, tuple(sorted(needs)), chosen, resources.choose_dtype(dtype, chosen), progress, notes)
 
 
 def _override(base: Calibration, skeleton: Skeleton, source, n_samples, seq_len) -> Calibration:

@@ -8,13 +8,13 @@ from lowbit.errors import LowbitError, ShapeError
 from lowbit.numerics import FORMATS, bits_per_weight, dequantize, nbytes, quantize
 from lowbit.scheme import INT, Scheme
 
-SCHEMES = [numerics.scheme_of(name) for name in FORMATS if name != INT] + [Scheme("nf4", 4, (1, 32), nested=256), Scheme("fp8_e4m3", 8, (-1, -1))] + [
+SCHEMES = [numerics.scheme_of(name) for name in FORMATS if name != INT] + [Scheme("nf4", 4, (1, 32), nested=256), Scheme("fp8_e4m3", 8, (-1, -1)), Scheme("ternary", 2, (1, 32))] + [
     Scheme(bits=b, block=block, symmetric=sym) for b in (2, 3, 4, 5, 8) for block in ((1, 32), (1, -1), (-1, -1)) for sym in (True, False)
 ]
 LARGEST_ERROR = {
     "float32": 0, "float16": 1e-6, "bfloat16": 1e-4, "q8_0": 1e-4, "q6_k": 1e-3, "q5_k": 4e-3, "q5_1": 4e-3, "q5_0": 4e-3, "q4_k": 1e-2, "q4_1": 1e-2,
     "q4_0": 2e-2, "q3_k": 5e-2, "q2_k": 0.15, "nf4": 1.2e-2, "fp4": 2.5e-2, "nvfp4": 1.5e-2, "mxfp4": 2.5e-2, "mxfp6_e2m3": 1.5e-3, "mxfp6_e3m2": 4e-3,
-    "mxfp8_e4m3": 1e-3, "mxfp8_e5m2": 4e-3, "fp8_e4m3": 1e-3, "fp8_e5m2": 4e-3,
+    "mxfp8_e4m3": 1e-3, "mxfp8_e5m2": 4e-3, "fp8_e4m3": 1e-3, "fp8_e5m2": 4e-3, "ternary": 0.3, "binary": 0.4,
 }  # fmt: skip
 INT_ERROR = {2: 0.8, 3: 0.3, 4: 0.06, 5: 0.015, 8: 3e-4}
 

@@ -269,7 +269,7 @@ def test_a_rule_whose_format_the_algorithm_cannot_make_is_rounded(tmp_path):
         ('scheme = "int4-g32"\ntrue_sequential = "yes"', ["true_sequential", "'yes'"]),
         ('scheme = "int4-g32"\nseed = 3', ["unknown key 'seed'"]),
         ('scheme = "int4-g32"\nname = "x"', ["name"]),
-        ('scheme = "int4-g32"\ntransforms = ["awq"]', ["transforms is reserved"]),
+        ('scheme = "int4-g32"\ntransforms = ["awq"]', ["transforms: expected a table"]),
         ('scheme = "int4-g32"\nkv_cache = 8', ["kv_cache is reserved"]),
         ('scheme = "int4-g32"\n[calibration]\nsamples = 3', ["calibration", "unknown key 'samples'", "n_samples"]),
         ('scheme = "int4-g32"\n[calibration]\nn_samples = 0', ["n_samples is 0"]),

@@ -1,0 +1,41 @@
+"""Transforms rewrite a block without changing what it computes, so that it quantizes better: (readers, options, tie) -> a scale per channel.
+
+Adding one is a file and an entry in TRANSFORMS. folds.py knows where a scale can be put; pipeline/transform.py puts it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import RecipeError
+from ..recipe import from_dict
+from .awq import AwqOptions, awq_scale
+from .smoothquant import SmoothQuantOptions, smooth_scale
+
+
+@dataclass(frozen=True)
+class Transform:
+    """scale: see the module. options: its dataclass. needs: statistics. norms_only: whether only norms take the scale (not linear layers)."""
+
+    scale: Callable[..., Tensor | None]
+    options: type
+    needs: tuple[str, ...]
+    norms_only: bool
+    description: str
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "awq": Transform(awq_scale, AwqOptions, ("hessian", "sum_abs"), False, "channels with large activations scaled up before rounding; ranges clipped"),
+    "smoothquant": Transform(smooth_scale, SmoothQuantOptions, ("absmax",), True, "activation outliers moved into the weights, for quantized activations"),
+}
+
+
+def make_options(name: str, options: dict) -> Any:
+    """The options of a transform from plain data; RecipeError for an unknown transform, key or value."""
+    if name not in TRANSFORMS:
+        raise RecipeError(f"transform {name!r} is not known; expected one of {', '.join(TRANSFORMS)}.")
+    return from_dict(TRANSFORMS[name].options, options, where=f"options of {name}")
