@@ -49,7 +49,7 @@ class GptqOptions:
     max_shrink: float = 0.5
     sweeps: int = 1
     guided: bool = False
-    guide_power: float = 1.0
+    guide_power: float = 0.75
     guide_cap: float = 0.0
 
     def __post_init__(self) -> None:
