@@ -24,7 +24,7 @@ from .rtn import RtnOptions, rtn
 class Algorithm:
     """run: see the module. options: its dataclass. needs: the statistics it asks for, given its options. formats: None for all.
 
-    rowwise: each output row is quantized on its own, so layers that share an input can be done in one call.
+    rowwise: each output row is quantized on its own, so layers that share an input can be done in one call. cost: what it takes, in words.
     """
 
     run: Callable[..., QuantizedTensor]
@@ -33,10 +33,11 @@ class Algorithm:
     formats: tuple[str, ...] | None
     rowwise: bool
     description: str
+    cost: str = ""
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "rtn": Algorithm(rtn, RtnOptions, lambda o: ("sum_sq",) if o.weighted else (), None, True, "round to nearest; no data needed (with weighted=true: calibrated)"),
+    "rtn": Algorithm(rtn, RtnOptions, lambda o: ("sum_sq",) if o.weighted else (), None, True, "round to nearest; no data needed (with weighted=true: calibrated)", "seconds"),
     "gptq": Algorithm(
         gptq,
         GptqOptions,
@@ -44,8 +45,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         grids.FORMATS,
         True,
         "error feedback through the Hessian of the layer's inputs; needs calibration text (guided: a backward sweep, too)",
+        "two passes over the calibration text; guided: about as much again",
     ),
-    "hqq": Algorithm(hqq, HqqOptions, lambda o: (), (INT,), False, "zero-points fitted to a norm that forgives outliers; no data needed"),
+    "hqq": Algorithm(hqq, HqqOptions, lambda o: (), (INT,), False, "zero-points fitted to a norm that forgives outliers; no data needed", "seconds"),
 }
 
 

@@ -168,6 +168,30 @@ def _list_recipes() -> None:
 
 
 @app.command()
+def methods(as_json: Json = False) -> None:
+    """Every number format, algorithm and transform: what it is, what data and time it needs, and which files can hold the result.
+
+    Example:
+
+      lowbit methods
+    """
+    from ..pipeline.methods import list_methods
+    from .console import out, print_json, text_table
+
+    found = list_methods()
+    if as_json:
+        print_json([vars(method) for method in found])
+        return
+    for kind in ("algorithm", "transform", "number format"):
+        own = [method for method in found if method.kind == kind]
+        columns = ("bits", "files that hold it") if kind == "number format" else ("data", "takes")
+        table = text_table("name", *columns, "what it is", title=f"{kind.capitalize()}s")
+        for method in own:
+            table.add_row(method.name, *((method.bits, ", ".join(method.files)) if kind == "number format" else (method.data, method.cost)), method.description)
+        out.print(table)
+
+
+@app.command()
 def compare(
     models: Annotated[list[str], typer.Argument(help="Quantized folders or .gguf files.", show_default=False)],
     against: Annotated[str, typer.Option(help="The original model.", show_default=False)],

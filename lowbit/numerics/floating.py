@@ -185,5 +185,5 @@ def rowwise(scheme: Scheme, columns: int) -> bool:
 
 def describe(name: str) -> str:
     kind = KINDS[name]
-    scale = {"float": "a float scale", "e8m0": "a power of two", "nvfp4": "an FP8 scale, and a float for the whole matrix"}[kind.scale]
-    return f"E{kind.element.exponent}M{kind.element.mantissa} floats with {scale} for every {kind.block or 'group'}{' weights' if kind.block else ''}"
+    scale = {"float": "a float for every group", "e8m0": "a power of two for every 32 weights", "nvfp4": "an FP8 scale for every 16 weights and a float for the matrix"}
+    return f"E{kind.element.exponent}M{kind.element.mantissa} floats with {scale[kind.scale]}"

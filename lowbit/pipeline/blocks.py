@@ -114,12 +114,13 @@ class _BlockWorker:
         for number, stage in enumerate(turns):
             self._collect(collector, stage, index, block, source, advance if number == 0 else lambda n=1: None)
             notes = share_scarce(stage)
-            if setup.recipe.transforms:
-                self._transform(block, index, stage, source, notes)
+            done = self._transform(block, index, stage, source) if setup.recipe.transforms else {}
             for group in stage:
                 made, record = quantize_group(block, group, setup.plans, _dtypes(setup, group.linears))
                 for name in record.keys() & notes.keys():
                     record[name]["notes"] = [*record[name].get("notes", []), notes[name]]
+                for name in record.keys() & done.keys():
+                    record[name]["transforms"] = done[name]
                 tensors |= made
                 records |= record
                 self.peak.look()
@@ -131,16 +132,15 @@ class _BlockWorker:
             advance(len(streamer.batches))
         return tensors, records
 
-    def _transform(self, block: nn.Module, index: int, groups: list[InputGroup], source: HiddenStates, notes: dict[str, str]) -> None:
-        """Apply the recipe's transforms; what they change beside the quantized matrices goes to the job."""
+    def _transform(self, block: nn.Module, index: int, groups: list[InputGroup], source: HiddenStates) -> dict[str, dict]:
+        """Apply the recipe's transforms; what they change beside the quantized matrices goes to the job. Returns what was done, by weight name."""
         setup = self.setup
         run = lambda: self.streamer.run_block(block, index, 0, source.read(0, self.streamer.device))
         changed, done = transform_block(block, groups, setup.plans, setup.recipe.transforms, run if index == 0 else None)
         prefix = setup.skeleton.block_name(index)
         sources = {name: setup.skeleton.sources[f"{prefix}.{name}"].flat() for name in changed}
         self.job.save_tensors(rewritten(index), {names[0]: changed[name] for name, names in sources.items() if len(names) == 1 and names[0] not in setup.plans})
-        for name, note in done.items():
-            notes[name] = f"{notes[name]}; {note}" if name in notes else note
+        return done
 
     def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, advance: Advance) -> None:
         current, start = Current(), 0

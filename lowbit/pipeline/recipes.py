@@ -28,6 +28,12 @@ PRESETS: dict[str, tuple[str, str]] = {
     "textbook-int8": ("int8-sym-tensor-rtn-textbook", "the formula of the textbooks: one scale per matrix, max|x| / 127"),
     "gptq-int4": ("int4-sym-gptq", "GPTQ, 4 bits, symmetric"),
     "gptq-int3": ("int3-asym-gptq", "GPTQ, 3 bits, asymmetric"),
+    "guided-int4": ("int4-sym-gptq-guided", "GPTQ whose Hessians weigh each token by the gradient of the loss; a backward sweep more, half the loss"),
+    "awq-int4": ("int4-asym-awq-rtn", "AWQ: activation-aware scales and clipping, then plain rounding"),
+    "hqq-int4": ("int4-asym-g64-hqq", "HQQ, 4 bits; no data needed"),
+    "hqq-int2": ("int2-asym-g64-hqq", "HQQ, 2 bits; no data needed"),
+    "qlora-nf4": ("nf4-g64-dq-rtn", "NF4 with double quantization, as bitsandbytes stores a QLoRA base; no data needed"),
+    "bitnet": ("ternary-rtn", "b1.58 weights; an ordinary model does not survive this without training"),
     "rtn-int4": ("int4-sym-rtn", "plain rounding to 4 bits; no data needed"),
     "rtn-int8": ("int8-sym-rtn", "plain rounding to 8 bits; no data needed"),
 }
@@ -77,7 +83,14 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
         target(draft.recipe.target)
         return draft
     target(chosen)
+    if target_name is None and _only_dense(draft.recipe.scheme):
+        chosen = "safetensors"
     return replace(draft, recipe=replace(draft.recipe, target=chosen), target_given=True)
+
+
+def _only_dense(scheme: Scheme) -> bool:
+    """Whether no other target holds the scheme: its decoded values are written then."""
+    return scheme.format in (*codebook.CODES, *floating.KINDS, *ternary.KINDS) or (scheme.format == INT and (scheme.zero_dtype == "float" or scheme.block[0] > 1))
 
 
 def _short(text: str, *, name: str) -> Draft:
@@ -290,6 +303,8 @@ def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) 
         scheme = replace(scheme, block=block)
         why = "what Q4_0 stores" if recipe.target == "gguf" else f"the largest of {', '.join(map(str, AUTO_GROUPS))} that divides every layer"
         notes.append(f"Group size not given: {scheme.name} ({why})." if fitting else f"No group size divides every layer: {scheme.name}.")
+    if recipe.target == "safetensors" and _only_dense(scheme):
+        notes.append(f"No file format that lowbit writes holds {scheme.name} yet: the values are written as dense weights, in the model's own dtype.")
     if scheme.format == INT and not draft.scale_given:
         scheme = replace(scheme, scale_dtype="float16" if recipe.target == "gguf" else model_dtype)
     given = draft.rule_groups_given or (True,) * len(recipe.rules)

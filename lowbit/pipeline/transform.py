@@ -22,15 +22,15 @@ EXACT = 2e-2  # relative error of the block's output that a fold may make, in bf
 
 def transform_block(
     block: nn.Module, groups: list[InputGroup], plans: dict[str, LayerPlan], steps: dict[str, dict], run: Callable[[], Tensor] | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """Apply the recipe's transforms to a block and its groups' statistics, in place.
 
     run: the block on a few tokens, to see that it computes the same afterwards (None: not looked at). Raises ModelError when it does not.
-    Returns the parameters of the block that changed, float32 by name ("input_layernorm.weight"), and, by weight name, what was done, for the provenance.
+    Returns the parameters of the block that changed, float32 by name ("input_layernorm.weight"), and, by weight name, the least and the largest scale of each transform, for the provenance.
     """
     before = run() if run else None
     changed: set[str] = set()
-    notes: dict[str, str] = {}
+    done: dict[str, dict] = {}
     for group in groups:
         settle(group.stats)
     for name, given in steps.items():
@@ -44,13 +44,14 @@ def transform_block(
                 for group in groups:
                     if _reads(fold, group.linears[0], expert):
                         _rescale(group.stats, scale)
-                        notes |= {linear.name: f"{name}: input channels scaled by {float(scale.min()):.2g} to {float(scale.max()):.2g}" for linear in group.linears}
+                        for linear in group.linears:
+                            done.setdefault(linear.name, {})[name] = [float(f"{value:.4g}") for value in (scale.min(), scale.max())]
     if run and before is not None:
         _refuse_changed(before, run(), block)
     if "awq" in steps and (options := make_options("awq", steps["awq"])).clip:
         _clip(block, groups, plans, options)
     parameters = dict(block.named_parameters())
-    return {name: parameters[name].detach().to("cpu", torch.float32) for name in sorted(changed)}, notes
+    return {name: parameters[name].detach().to("cpu", torch.float32) for name in sorted(changed)}, done
 
 
 def _experts(block: nn.Module, fold: Fold) -> list[int | None]:

@@ -19,18 +19,34 @@ from .smoothquant import SmoothQuantOptions, smooth_scale
 
 @dataclass(frozen=True)
 class Transform:
-    """scale: see the module. options: its dataclass. needs: statistics. norms_only: whether only norms take the scale (not linear layers)."""
+    """scale: see the module. options: its dataclass. needs: statistics. norms_only: whether only norms take the scale (not linear layers).
+    cost: what it takes, in words."""
 
     scale: Callable[..., Tensor | None]
     options: type
     needs: tuple[str, ...]
     norms_only: bool
     description: str
+    cost: str
 
 
 TRANSFORMS: dict[str, Transform] = {
-    "awq": Transform(awq_scale, AwqOptions, ("hessian", "sum_abs"), False, "channels with large activations scaled up before rounding; ranges clipped"),
-    "smoothquant": Transform(smooth_scale, SmoothQuantOptions, ("absmax",), True, "activation outliers moved into the weights, for quantized activations"),
+    "awq": Transform(
+        awq_scale,
+        AwqOptions,
+        ("hessian", "sum_abs"),
+        False,
+        "channels with large activations scaled up before rounding; ranges clipped",
+        "a pass over the calibration text and 20 roundings of each layer",
+    ),
+    "smoothquant": Transform(
+        smooth_scale,
+        SmoothQuantOptions,
+        ("absmax",),
+        True,
+        "activation outliers moved into the weights, for quantized activations",
+        "a pass over the calibration text",
+    ),
 }
 
 

@@ -1,0 +1,125 @@
+"""One table of all methods on one model with the same data: bits per weight with all overhead, perplexity, KL divergence, seconds, peak memory.
+
+    python benchmarks/methods.py MODEL CALIBRATION EVALUATION [--only 4-bit] [--list] [--markdown]
+
+Each method runs in a process of its own; what it made is measured on the first 20 windows of 512 tokens of EVALUATION (second half scored, float32) and
+deleted. Rows are appended to benchmarks/results/methods.jsonl with the commit that made them; a row that is there is not made again (delete its line to
+have it anew), so a run that was stopped goes on. --markdown prints the table of docs/methods. MODEL should be off every grid (see docs/status.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from gptq import commit, machine
+
+RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
+WINDOWS, LENGTH, SAMPLES = 20, 512, 64
+# family, name, recipe (words, or a recipe file's text). Groups of 64, which divide SmolLM2's layers.
+ROWS = (
+    ("8-bit", "RTN int8, channel", "int8-sym-channel-rtn"),
+    ("8-bit", "FP8 E4M3, channel", "fp8-channel-rtn"),
+    ("8-bit", "MXFP8 E4M3", "mxfp8-rtn"),
+    ("6-bit", "MXFP6 E2M3", "mxfp6-rtn"),
+    ("4-bit", "RTN sym", "int4-sym-g64-rtn"),
+    ("4-bit", "RTN asym", "int4-asym-g64-rtn"),
+    ("4-bit", "NF4 dq", "nf4-g64-dq-rtn"),
+    ("4-bit", "FP4", "fp4-g64-rtn"),
+    ("4-bit", "MXFP4", "mxfp4-rtn"),
+    ("4-bit", "NVFP4", "nvfp4-rtn"),
+    ("4-bit", "HQQ", "int4-asym-g64-hqq"),
+    ("4-bit", "AWQ", "int4-asym-g64-awq-rtn"),
+    ("4-bit", "GPTQ sym", "int4-sym-g64-gptq"),
+    ("4-bit", "GPTQ asym", "int4-asym-g64-gptq"),
+    ("4-bit", "AWQ + GPTQ", "int4-asym-g64-awq-gptq"),
+    ("4-bit", "NF4 GPTQ", "nf4-g64-gptq"),
+    ("4-bit", "MXFP4 GPTQ", "mxfp4-gptq"),
+    ("4-bit", "NVFP4 GPTQ", "nvfp4-gptq"),
+    ("4-bit", "guided GPTQ sym", "int4-sym-g64-gptq-guided"),
+    ("4-bit", "guided GPTQ asym", "int4-asym-g64-gptq-guided"),
+    ("3-bit", "RTN asym", "int3-asym-g64-rtn"),
+    ("3-bit", "HQQ", "int3-asym-g64-hqq"),
+    ("3-bit", "AWQ", "int3-asym-g64-awq-rtn"),
+    ("3-bit", "GPTQ asym", "int3-asym-g64-gptq"),
+    ("3-bit", "guided GPTQ asym", "int3-asym-g64-gptq-guided"),
+    ("2-bit", "RTN asym", "int2-asym-g64-rtn"),
+    ("2-bit", "HQQ", "int2-asym-g64-hqq"),
+    ("2-bit", "GPTQ asym", "int2-asym-g64-gptq"),
+    ("2-bit", "guided GPTQ asym", "int2-asym-g64-gptq-guided"),
+    ("1.58-bit", "ternary, absmean", "ternary-rtn"),
+)
+MAKE = """
+import json, sys, lowbit
+model, recipe, out, calibration, samples, length = sys.argv[1:]
+made = lowbit.quantize(model, recipe, out, target_name="safetensors", calibration=calibration, n_samples=int(samples), seq_len=int(length), overwrite=True)
+layers = made.layers.values()
+weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+bits = sum(layer["bits_per_weight"] * layer["shape"][0] * layer["shape"][1] for layer in layers) / weights
+print(json.dumps({"seconds": made.seconds, "peak_memory_bytes": made.peak_memory_bytes, "bits_per_weight": bits}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("evaluation")
+    parser.add_argument("--only", help="a family, e.g. 4-bit")
+    parser.add_argument("--list", action="store_true", help="name what is still to be made, and stop")
+    parser.add_argument("--markdown", action="store_true", help="print what is there as a table, and stop")
+    a = parser.parse_args()
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    if a.markdown:
+        print(markdown(rows))
+        return
+    done = {(row["family"], row["name"]) for row in rows}
+    todo = [row for row in ROWS if row[:2] not in done and a.only in (None, row[0])]
+    if a.list:
+        print("\n".join(f"{family:9} {name:20} {recipe}" for family, name, recipe in todo))
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    for family, name, recipe in todo:
+        with tempfile.TemporaryDirectory() as scratch:
+            row = {"family": family, "name": name, "recipe": recipe, "model": Path(a.model).name, **measured(a, recipe, f"{scratch}/out"), "machine": machine(), "commit": commit()}
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{family:9} {name:20} {row['bits_per_weight']:6.3f} bits  ppl {row['perplexity']:9.2f}  KL {row['kl']['value']:.4f}  {row['seconds']:6.1f} s  {row['peak_memory_bytes'] / 1e6:.0f} MB", flush=True)
+
+
+def measured(a: argparse.Namespace, recipe: str, out: str) -> dict:
+    import lowbit
+
+    started = time.perf_counter()
+    made = subprocess.run([sys.executable, "-c", MAKE, a.model, recipe, out, a.calibration, str(SAMPLES), str(LENGTH)], capture_output=True, text=True)
+    if made.returncode:
+        raise SystemExit(made.stderr[-2000:])
+    whole = time.perf_counter() - started
+    table = lowbit.compare([out], against=a.model, text=a.evaluation, ctx=LENGTH, n_windows=WINDOWS, noise_floor=False)
+    summary = table.rows[1].summaries["llama.cpp"]
+    return {
+        **json.loads(made.stdout.splitlines()[-1]), "process_seconds": round(whole, 1), "perplexity": summary.perplexity.value,
+        "original_perplexity": table.rows[0].summaries["llama.cpp"].perplexity.value, "kl": vars(summary.kl_mean), "top1": summary.agreement.value,
+    }  # fmt: skip
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows by family and KL."""
+    order = list(dict.fromkeys(family for family, *_ in ROWS))
+    lines = ["| | method | recipe | bits per weight | perplexity | mean KL (95%) | top-1 | seconds | peak memory |", "|---|---|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (order.index(row["family"]), row["kl"]["value"])):
+        kl = row["kl"]
+        lines.append(
+            f"| {row['family']} | {row['name']} | `{row['recipe']}` | {row['bits_per_weight']:.3f} | {row['perplexity']:.2f} | {kl['value']:.4f} ({kl['low']:.4f} to {kl['high']:.4f}) "
+            f"| {100 * row['top1']:.1f}% | {row['seconds']:.0f} | {row['peak_memory_bytes'] / 1e6:.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
