@@ -89,7 +89,8 @@ def main() -> None:
             row = {"family": family, "name": name, "recipe": recipe, "model": Path(a.model).name, **measured(a, recipe, f"{scratch}/out"), "machine": machine(), "commit": commit()}
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{family:9} {name:20} {row['bits_per_weight']:6.3f} bits  ppl {row['perplexity']:9.2f}  KL {row['kl']['value']:.4f}  {row['seconds']:6.1f} s  {row['peak_memory_bytes'] / 1e6:.0f} MB", flush=True)
+        loss = f"ppl {row['perplexity']:9.2f}  KL {row['kl']['value']:.4f}"
+        print(f"{family:9} {name:20} {row['bits_per_weight']:6.3f} bits  {loss}  {row['seconds']:6.1f} s  {row['peak_memory_bytes'] / 1e6:.0f} MB", flush=True)
 
 
 def measured(a: argparse.Namespace, recipe: str, out: str) -> dict:
