@@ -1,4 +1,4 @@
-"""Algorithms choose the codes of one weight: (W, scheme, stats, options, notes) -> QuantizedTensor.
+"""Algorithms choose the codes of one weight: (W, scheme, stats, options, notes) -> QuantizedTensor. Block-level ones choose those of a whole block, see autoround.py.
 
 Adding one is a file and an entry in ALGORITHMS; tests/algorithms/test_contract.py then runs on it by itself. An algorithm never changes its
 input, is deterministic, and writes what deviated (raised damping, a fallback) to notes, which end up in the provenance.
@@ -14,7 +14,7 @@ from ..errors import RecipeError
 from ..numerics import grids
 from ..recipe import from_dict
 from ..scheme import INT, Scheme
-from ..tensor import QuantizedTensor
+from .autoround import AutoRoundOptions, autoround
 from .gptq import GptqOptions, gptq
 from .hqq import HqqOptions, hqq
 from .rtn import RtnOptions, rtn
@@ -24,16 +24,18 @@ from .rtn import RtnOptions, rtn
 class Algorithm:
     """run: see the module. options: its dataclass. needs: the statistics it asks for, given its options. formats: None for all.
 
+    level: "weight": of one matrix; "block": (weights, schemes, task, options, seed=) of all matrices of a block, see autoround.py.
     rowwise: each output row is quantized on its own, so layers that share an input can be done in one call. cost: what it takes, in words.
     """
 
-    run: Callable[..., QuantizedTensor]
+    run: Callable[..., Any]
     options: type
     needs: Callable[[Any], tuple[str, ...]]
     formats: tuple[str, ...] | None
     rowwise: bool
     description: str
     cost: str = ""
+    level: str = "weight"
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -48,6 +50,16 @@ ALGORITHMS: dict[str, Algorithm] = {
         "two passes over the calibration text; guided: about as much again",
     ),
     "hqq": Algorithm(hqq, HqqOptions, lambda o: (), (INT,), False, "zero-points fitted to a norm that forgives outliers; no data needed", "seconds"),
+    "autoround": Algorithm(
+        autoround,
+        AutoRoundOptions,
+        lambda o: ("reference",),
+        (INT,),
+        False,
+        "rounding and ranges of a block learned by sign descent on its output; needs calibration text",
+        "hundreds of passes over a part of the text: hours where GPTQ takes minutes",
+        "block",
+    ),
 }
 
 

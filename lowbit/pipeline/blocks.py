@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from ..algorithms import algorithm
 from ..models import skeleton as sk
 from ..models.linears import Linear
 from ..progress import Advance
@@ -18,6 +19,7 @@ from .collect import Collector, Current, InputGroup, StopBlock, stages
 from .hidden import HiddenStates
 from .job import Job
 from .layers import quantize_group, share_scarce
+from .learned import learn_block
 from .output import dtype_name
 from .setup import Setup
 from .streaming import Streamer
@@ -40,23 +42,30 @@ def run(setup: Setup, windows: Windows | None, job: Job, peak: resources.PeakMem
         return
     streamer = Streamer(setup.skeleton, windows.batches(), dtype=setup.dtype, device=setup.device)
 
-    def states(block: int, *, must_exist: bool = False) -> HiddenStates:
-        return HiddenStates(streamer.shapes, streamer.hidden_size, setup.dtype, file=job.hidden_file(block), must_exist=must_exist)
+    def states(block: int, kind: str = "hidden", *, must_exist: bool = False) -> HiddenStates:
+        return HiddenStates(streamer.shapes, streamer.hidden_size, setup.dtype, file=job.hidden_file(block, kind), must_exist=must_exist)
 
     if "loss" in setup.needs:
         guidance.sweep(streamer, setup.linears, job, seed=setup.recipe.seed, progress=setup.progress)
     source = states(first, must_exist=first > 0)
     streamer.record(source if first == 0 else None)
+    reference = states(first, "reference", must_exist=first > 0) if "reference" in setup.needs else None
+    if reference is not None and first == 0:
+        for number in range(len(reference)):
+            reference.write(number, source.read(number, streamer.device))
     worker = _BlockWorker(setup, streamer, peak, job)
     with setup.progress.step("Quantizing blocks", depth * worker.steps_per_block) as advance:
         advance(first * worker.steps_per_block)
         for index in range(first, depth):
             goal = states(index + 1)
-            tensors, records = worker.run(index, source, goal if index + 1 < depth else None, advance)
+            original = None if reference is None else states(index + 1, "reference")
+            tensors, records = worker.run(index, source, goal if index + 1 < depth else None, reference, original, advance)
             goal.sync()
+            if original is not None:
+                original.sync()
             job.save(part(index), tensors, records)
             resources.release_memory()
-            source = goal
+            source, reference = goal, original
             peak.look()
             log.info("block %d of %d done, RssAnon %s", index + 1, depth, resources.human(peak.peak_bytes))
 
@@ -100,10 +109,17 @@ class _BlockWorker:
         self._plans: dict[tuple[_Place, ...], list[list[_Place]]] = {}  # input groups of blocks that look alike
         self.steps_per_block = 2 * len(streamer.batches)
 
-    def run(self, index: int, source: HiddenStates, goal: HiddenStates | None, advance: Advance) -> tuple[dict[str, QuantizedTensor], dict[str, dict]]:
+    def run(
+        self, index: int, source: HiddenStates, goal: HiddenStates | None, reference: HiddenStates | None, original: HiddenStates | None, advance: Advance
+    ) -> tuple[dict[str, QuantizedTensor], dict[str, dict]]:
+        """Quantize block index. source, goal: hidden states through the quantized blocks, before and behind it; reference, original: of the original model."""
         setup, streamer = self.setup, self.streamer
         block = streamer.load_block(index)
-        linears = [linear for linear in setup.linears[index] if linear.name in setup.plans]
+        if reference is not None and original is not None:
+            streamer.run(block, index, reference, original)
+        planned = [linear for linear in setup.linears[index] if linear.name in setup.plans]
+        learned = [linear for linear in planned if algorithm(setup.plans[linear.name].algorithm).level == "block"]
+        linears = [linear for linear in planned if linear not in learned]
         collector = Collector(block, linears)
         groups = self._groups(collector, linears, index, block, source) if linears else []
         if "loss" in setup.needs:
@@ -126,6 +142,13 @@ class _BlockWorker:
                 self.peak.look()
                 group.stats.hessian = None
                 resources.release_memory()
+        if not turns:
+            advance(len(streamer.batches))
+        if learned and original is not None:
+            made, record = learn_block(block, index, learned, setup.plans, streamer, source, original, _dtypes(setup, learned), setup.recipe.seed)
+            tensors |= made
+            records |= record
+            self.peak.look()
         if goal is not None:
             streamer.run(block, index, source, goal, tick=advance)
         else:

@@ -6,6 +6,7 @@
     OUT.work/loss-00007.safetensors      for a guided job: squared gradient norms at the outputs of block 7's modules
     OUT.work/rewritten-00007.safetensors what transforms changed in block 7 beside its quantized matrices (norms)
     OUT.work/hidden-0.bin, hidden-1.bin  hidden states: block b reads hidden-(b % 2) and writes the other
+    OUT.work/reference-0.bin, ...        the same of the original model, for algorithms that compare with it
     OUT.work/finished.json               OUT.tmp is whole: what remains is to give it its name and to remove this folder
 
 A block's files are written to a sibling, synced and renamed, and its input hidden states stay until it is done: redoing it gives the same bytes.
@@ -77,9 +78,9 @@ class Job:
         if different:
             raise JobError(f"{self.folder} holds another job: its {', '.join(different)} differ from this command's. Repeat the first command with --resume, or begin anew with --overwrite.")
 
-    def hidden_file(self, block: int) -> Path:
-        """The file of the hidden states that block reads."""
-        return self.folder / f"hidden-{block % 2}.bin"
+    def hidden_file(self, block: int, kind: str = "hidden") -> Path:
+        """The file of the hidden states that block reads; kind "reference": of the original model."""
+        return self.folder / f"{kind}-{block % 2}.bin"
 
     def done(self, part: str) -> bool:
         return (self.folder / f"{part}.json").exists()

@@ -38,7 +38,7 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
             rows = slice(start, start + linear.shape[0])
             start = rows.stop
             tensors[linear.name] = _rows(made, rows, dtypes[linear.name])
-            records[linear.name] = _record(linear, plans[linear.name], group.stats, W[rows], decoded[rows], None if rounded is None else rounded[rows], notes)
+            records[linear.name] = record_of(linear, plans[linear.name], group.stats, W[rows], decoded[rows], None if rounded is None else rounded[rows], notes)
             set_weight(block, linear, decoded[rows])
     return tensors, records
 
@@ -90,7 +90,8 @@ def _rounded(W: Tensor, plan: LayerPlan) -> Tensor:
     return numerics.dequantize(numerics.quantize(W, plan.scheme))
 
 
-def _record(linear: Linear, plan: LayerPlan, stats: LayerStats, W: Tensor, decoded: Tensor, rounded: Tensor | None, notes: list[str]) -> dict:
+def record_of(linear: Linear, plan: LayerPlan, stats: LayerStats, W: Tensor, decoded: Tensor, rounded: Tensor | None, notes: list[str]) -> dict:
+    """What is kept of one matrix for the provenance; W, decoded and rounded (the same by plain rounding) [out_features, in_features]."""
     error = decoded - W
     record = {
         "scheme": plan.scheme.name,
