@@ -12,6 +12,7 @@ class LayerStats:
     """Statistics of the inputs x [tokens, in_features] of a linear layer; each is filled only if an algorithm asks for it.
 
     hessian: sum of x x^T over tokens, float32 [in_features, in_features] (GPTQ's H is 2/n times this; the factor cancels).
+    cross: sum of dx x^T, dx what the original model's input has more than x, float32 [in_features, in_features] (GPTAQ).
     sum_abs: sum of |x| over tokens, float32 [in_features].
     sum_sq: sum of x^2 over tokens, float32 [in_features] (llama.cpp's imatrix is sum_sq / n_tokens).
     absmax: max |x| over tokens, float32 [in_features].
@@ -22,6 +23,7 @@ class LayerStats:
     sum_sq: Tensor | None = None
     absmax: Tensor | None = None
     hessian: Tensor | None = None
+    cross: Tensor | None = None
 
     def importance(self) -> Tensor | None:
         """Mean of x^2 per input channel [in_features], or None without data."""
@@ -40,6 +42,7 @@ def merge(a: LayerStats, b: LayerStats) -> LayerStats:
         sum_sq=_join(a.sum_sq, b.sum_sq, lambda x, y: x + y),
         absmax=_join(a.absmax, b.absmax, lambda x, y: x.maximum(y)),
         hessian=_join(a.hessian, b.hessian, lambda x, y: x + y),
+        cross=_join(a.cross, b.cross, lambda x, y: x + y),
     )
 
 

@@ -43,7 +43,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gptq": Algorithm(
         gptq,
         GptqOptions,
-        lambda o: ("hessian", "loss") if o.guided else ("hessian",),
+        lambda o: ("hessian", *(("loss",) if o.guided else ()), *(("cross", "reference") if o.alpha else ())),
         grids.FORMATS,
         True,
         "error feedback through the Hessian of the layer's inputs; needs calibration text (guided: a backward sweep, too)",

@@ -8,6 +8,9 @@ the rest is one matrix product. Differences from the authors' code, each an opti
 - a group's scale is fitted when its first column is due, to the weights as updated so far (their code takes stale ones within a block);
 - order="activation" sorts columns by diag(H) with the groups fixed beforehand ("static groups": no index at run time); order="groups"
   sorts whole groups, and columns inside them, so that a group's scale still sees the updated weights;
+- alpha > 0 counts the error of the inputs, too (Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
+  arXiv:2504.02692, eq. 15 to 18): the outputs are compared with those of the original model on its own inputs, dX = X_original - X,
+  P = alpha ((dX X^T U^T) above the diagonal) U, and a column's w pushes the later ones by w P_ij;
 - sweeps of coordinate descent over the codes afterwards, which minimise the same tr(dW H dW^T).
 Any number format that numerics.grids knows takes part: its ranges are fitted where a group begins, its codes found one column at a time.
 """
@@ -38,6 +41,7 @@ class GptqOptions:
     """damp: added to the diagonal, as a share of its mean. order: of columns, see the module. search, grid, max_shrink: how scales are found.
 
     sweeps: coordinate-descent sweeps over all codes after the loop.
+    alpha: weight of GPTAQ's term (0: off; its authors take 0.25).
     guided: tokens count in the Hessian by the squared gradient of the loss at the layer's output, to the power guide_power and at most guide_cap
     times their mean (0: no limit); a backward sweep through the model finds them (pipeline/guidance.py).
     """
@@ -48,6 +52,7 @@ class GptqOptions:
     grid: int = 10
     max_shrink: float = 0.5
     sweeps: int = 1
+    alpha: float = 0.0
     guided: bool = False
     guide_power: float = 0.75
     guide_cap: float = 0.0
@@ -59,6 +64,8 @@ class GptqOptions:
             raise RecipeError(f"damp is {self.damp}; expected 0 to {MAX_DAMP}, usually 0.01.")
         if self.sweeps < 0:
             raise RecipeError(f"sweeps is {self.sweeps}; expected 0 or more.")
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha is {self.alpha}; expected 0 (off) to 1, usually 0.25.")
         if self.guide_power <= 0 or self.guide_cap < 0:
             raise RecipeError(f"guide_power is {self.guide_power} and guide_cap {self.guide_cap}; expected a power above 0 and a cap of 0 (none) or more.")
         _ = self.range_search  # which checks its own
@@ -72,6 +79,7 @@ class GptqOptions:
 class Factor:
     """H made ready for the loop: everything here is in processing order.
 
+    P [in, in] or None: GPTAQ's term, strictly upper triangular; cross: alpha dX X^T in processing order.
     order [in]: original column of each position. U [in, in] upper triangular, H^-1 = U^T U. H [in, in], damped. dead: columns that saw only zeros.
     damp: the share that was used in the end. notes: what had to be done to get here, for the provenance.
     """
@@ -82,6 +90,8 @@ class Factor:
     dead: Tensor
     damp: float
     notes: list[str] = field(default_factory=list)
+    P: Tensor | None = None
+    cross: Tensor | None = None
 
 
 def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, notes: list[str]) -> QuantizedTensor:
@@ -99,6 +109,11 @@ def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, not
         notes.append("the Hessian could not be factorized even with damping 1.0: plain rounding was used (with searched scales)")
         return numerics.quantize(W, scheme, options.range_search, stats.importance())
     notes += factor.notes
+    if options.alpha and stats.cross is not None:
+        factor.cross = options.alpha * stats.cross[factor.order][:, factor.order]
+        factor.P = (factor.cross @ factor.U.T).triu_(1) @ factor.U
+    elif options.alpha:
+        notes.append("the error of the inputs was not counted: it is not known for this matrix (experts)")
     run = lambda rows: _Solver(W32[rows], scheme, grid, factor, options).solve()
     parts = [run(slice(None))] if scheme.block == (-1, -1) else over_rows(run, W.shape[0])
     q = torch.cat([part for part, _ in parts])
@@ -238,7 +253,7 @@ class _Solver:
         return 32 if unit % 32 == 0 or unit >= self.columns or self.options.order == "activation" else unit if unit > 16 else 32 // unit * unit
 
     def _loop(self, *, fit_on_the_way: bool) -> None:
-        WT, U, Q = self.WT, self.factor.U, self.Q
+        WT, U, Q, P = self.WT, self.factor.U, self.Q, self.factor.P
         block = self._block()
         for i1 in range(0, self.columns, block):
             i2 = min(i1 + block, self.columns)
@@ -261,8 +276,12 @@ class _Solver:
                 Err1[i].mul_(inverse_diagonal[i])
                 if i + 1 < i2 - i1:
                     W1[i + 1 :].addr_(U1[i, i + 1 :], Err1[i], alpha=-1)
+                    if P is not None:
+                        W1[i + 1 :].addr_(P[i1 + i, i1 + i + 1 : i2], w)
             if i2 < self.columns:
                 WT[i2:].addmm_(U[i1:i2, i2:].T, Err1, alpha=-1)
+                if P is not None:
+                    WT[i2:].addmm_(P[i1:i2, i2:].T, W1)
 
     def _descend(self) -> None:
         """One sweep of cyclic coordinate descent on tr(dW H dW^T) over the codes, scales fixed.
@@ -274,6 +293,8 @@ class _Solver:
         if self.offset is not None:
             R -= self.offset[self.share_of]
         G = H @ R
+        if self.factor.cross is not None:  # the aim is W X_original: its product with X^T is W (H + dX X^T)
+            G += self.factor.cross.T @ self.original.T[self.factor.order]
         block = 32
         for i1 in range(0, self.columns, block):
             i2 = min(i1 + block, self.columns)

@@ -128,7 +128,7 @@ class _BlockWorker:
         tensors: dict[str, QuantizedTensor] = {}
         records: dict[str, dict] = {}
         for number, stage in enumerate(turns):
-            self._collect(collector, stage, index, block, source, advance if number == 0 else lambda n=1: None)
+            self._collect(collector, stage, index, block, source, reference, advance if number == 0 else lambda n=1: None)
             notes = share_scarce(stage)
             done = self._transform(block, index, stage, source) if setup.recipe.transforms else {}
             for group in stage:
@@ -140,7 +140,7 @@ class _BlockWorker:
                 tensors |= made
                 records |= record
                 self.peak.look()
-                group.stats.hessian = None
+                group.stats.hessian = group.stats.cross = None
                 resources.release_memory()
         if not turns:
             advance(len(streamer.batches))
@@ -165,12 +165,17 @@ class _BlockWorker:
         self.job.save_tensors(rewritten(index), {names[0]: changed[name] for name, names in sources.items() if len(names) == 1 and names[0] not in setup.plans})
         return done
 
-    def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, advance: Advance) -> None:
+    def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, reference: HiddenStates | None, advance: Advance) -> None:
         current, start = Current(), 0
         with collector.collect(stage, self.setup.needs, current):
             for number, batch in enumerate(self.streamer.batches):
                 current.mask, current.tokens = batch.mask, slice(start, start + batch.ids.numel())
                 start = current.tokens.stop
+                if reference is not None and "cross" in self.setup.needs:
+                    current.of_original = True
+                    with suppress(StopBlock):
+                        self.streamer.run_block(block, index, number, reference.read(number, self.streamer.device))
+                    current.of_original = False
                 with suppress(StopBlock):
                     self.streamer.run_block(block, index, number, source.read(number, self.streamer.device))
                 advance(1)

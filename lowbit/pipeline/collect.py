@@ -25,20 +25,26 @@ TOKENS = 2048
 class InputGroup:
     """Matrices of a block that multiply the same input, and the statistics of that input.
 
+    original: what the original model reads here for the current micro-batch (GPTAQ).
     weights: what each token counts in the Hessian, float32 [tokens of all micro-batches], mean 1 (None: all the same).
     """
 
     linears: list[Linear]
     stats: LayerStats = field(default_factory=LayerStats)
     weights: Tensor | None = None
+    original: Tensor | None = None
 
 
 @dataclass
 class Current:
-    """The micro-batch that runs through the block just now: its mask [sequences, length] (None: all tokens are real), and which of all tokens it holds."""
+    """The micro-batch that runs through the block just now: its mask [sequences, length] (None: all tokens are real), and which of all tokens it holds.
+
+    of_original: its hidden states are those of the original model; inputs are then only kept, to be compared with those that follow.
+    """
 
     mask: Tensor | None = None
     tokens: slice | None = None
+    of_original: bool = False
 
 
 class StopBlock(Exception):
@@ -101,9 +107,18 @@ class Collector:
 
         def see(linears: list[Linear], x: Tensor, tokens: Tensor | None = None) -> None:
             group = leaders[linears[0]]
+            if current.of_original:
+                group.original = x if linears[0].expert is None else None
+                if group is last:
+                    raise StopBlock
+                return
             weights = None if group.weights is None else group.weights[current.tokens or slice(None)].to(x.device)
             x, weights = _real_tokens(x, weights, current.mask, tokens, linears[0])
             accumulate(group.stats, x, needs, weights)
+            if "cross" in needs and group.original is not None:
+                original, _ = _real_tokens(group.original, None, current.mask, None, linears[0])
+                add_cross_products(group.stats, original - x, x, weights)
+                group.original = None
             if group is last:
                 raise StopBlock
 
@@ -204,6 +219,17 @@ def add_outer_products(H: Tensor, x: Tensor) -> None:
             for i in range(0, len(transposed), PANEL):
                 rows = slice(i, i + PANEL)
                 H[rows, : i + PANEL] += torch.nn.functional.linear(transposed[rows], transposed[: i + PANEL])
+
+
+def add_cross_products(stats: LayerStats, dx: Tensor, x: Tensor, weights: Tensor | None) -> None:
+    """stats.cross += dx^T x; dx, x [tokens, in_features], weights [tokens] or None."""
+    if stats.cross is None:
+        stats.cross = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    dx = dx if weights is None else dx * weights.unsqueeze(1).to(dx.dtype)
+    with _float32_sums(x):
+        for start in range(0, len(x), TOKENS):
+            rows = slice(start, start + TOKENS)
+            stats.cross += torch.nn.functional.linear(dx[rows].T.contiguous().float(), x[rows].T.contiguous().float())
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
 
 def settle(stats: LayerStats) -> None:
     """Statistics as algorithms take them: on the CPU, wherever the block ran, and with both halves of the Hessian."""
-    for name in ("sum_abs", "sum_sq", "absmax", "hessian"):
+    for name in ("sum_abs", "sum_sq", "absmax", "hessian", "cross"):
         value = getattr(stats, name)
         if value is not None:
             setattr(stats, name, value.cpu())

@@ -39,6 +39,7 @@ PRESETS: dict[str, tuple[str, str]] = {
 }
 FORMAT_ALIASES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "fp8": "fp8_e4m3", "mxfp8": "mxfp8_e4m3", "mxfp6": "mxfp6_e2m3"}
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
+GPTAQ_ALPHA = 0.25
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
 FILE_KEYS = ("scheme", "algorithm", "options", "transforms", "scale_dtype", "rules", "calibration", "true_sequential", "target")
@@ -159,19 +160,22 @@ def _word(word: str, text: str, put) -> None:
         put("search", word, word)
     elif word in TRANSFORMS:
         put(f"transform {word}", True, word)
+    elif word == "gptaq":
+        put("algorithm", "gptq", word)
+        put("alpha", GPTAQ_ALPHA, word)
     elif word == "guided":
         put("guided", True, word)
     else:
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
             f"int2..int8 or {', '.join((*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *CASTS))}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
-            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; guided; {', '.join(TRANSFORMS)}."
+            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; gptaq; guided; {', '.join(TRANSFORMS)}."
         )
 
 
 def _word_options(found: dict) -> dict:
     """Options of the algorithm that words stand for."""
-    return {key: found[key] for key in ("search", "guided") if key in found}
+    return {key: found[key] for key in ("search", "guided", "alpha") if key in found}
 
 
 def _word_transforms(found: dict[str, Any]) -> dict[str, dict]:

@@ -77,6 +77,8 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
     needs = {need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}
     needs |= {need for name in recipe.transforms for need in TRANSFORMS[name].needs}
+    if "cross" in needs and recipe.true_sequential:
+        raise RecipeError("gptq's alpha compares a block with the original one, and true_sequential changes it in between; take one of them.")
     chosen = resources.choose_device(device)
     return Setup(checkpoint, skeleton, recipe, plans, linears, outside, tuple(sorted(needs)), chosen, resources.choose_dtype(dtype, chosen), progress, notes)
 

@@ -84,8 +84,9 @@ def _rescale(stats: LayerStats, scale: Tensor) -> None:
         value = getattr(stats, name)
         if value is not None:
             setattr(stats, name, value * factor)
-    if stats.hessian is not None:
-        stats.hessian.mul_(inverse).mul_(inverse.unsqueeze(1))
+    for product in (stats.hessian, stats.cross):
+        if product is not None:
+            product.mul_(inverse).mul_(inverse.unsqueeze(1))
 
 
 def _clip(block: nn.Module, groups: list[InputGroup], plans: dict[str, LayerPlan], options: AwqOptions) -> None:
