@@ -199,6 +199,7 @@ def compare(
     ctx: Annotated[int | None, typer.Option(help="Window length in tokens (default 2048 or the model's limit).", min=8, show_default=False)] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows, from the start of the text (default: all).", min=1, show_default=False)] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report: one HTML file.", show_default=False)] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="Run the models with a cache of keys and values quantized to so many bits.", min=2, max=8, show_default=False)] = None,
     noise_floor: Annotated[bool, typer.Option("--noise-floor/--no-noise-floor", help="Also measure the original in its own dtype against float32.")] = True,
     device: Device = None,
     dtype: EvalDtype = None,
@@ -213,12 +214,16 @@ def compare(
       lowbit compare out other.gguf --against ./model
 
       lowbit compare out --against ./model --text wiki.test.raw --ctx 512 --windows 40 --html report.html
+
+      lowbit compare ./model out --against ./model --kv-bits 4
     """
     _prepare(threads)
     from ..pipeline.evaluate import compare as run
     from .console import BarProgress
 
-    comparison = run(models, against=against, text=text, ctx=ctx, n_windows=windows, dtype=dtype, device=device, noise_floor=noise_floor, seed=seed, progress=BarProgress(quiet=as_json))
+    comparison = run(
+        models, against=against, text=text, ctx=ctx, n_windows=windows, dtype=dtype, device=device, noise_floor=noise_floor, kv_bits=kv_bits, seed=seed, progress=BarProgress(quiet=as_json)
+    )
     _show(comparison, as_json, html)
 
 

@@ -18,6 +18,7 @@ from ..errors import DataError, ModelError
 from ..evaluation.metrics import CONVENTIONS, WindowScores, score_window
 from ..evaluation.summary import Summary, summarize
 from ..models import skeleton as sk
+from ..models.kv_cache import KVScheme
 from ..models.linears import outside_matrices
 from ..progress import SILENT, Advance, Progress
 from . import resources
@@ -77,6 +78,7 @@ def compare(
     dtype: str | None = None,
     device: str | None = None,
     noise_floor: bool = True,
+    kv_bits: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Comparison:
@@ -84,19 +86,23 @@ def compare(
 
     text: a text or JSONL file; None: the evaluation part of the bundled text. ctx: window length (2048, or the model's limit, or what the text
     holds); n_windows: how many from the start of the text (None: all). dtype: of the computation, float32 by default.
+    kv_bits: the models (not the original) run with a cache of keys and values quantized to so many bits.
     noise_floor: also measure the original in its own dtype against itself in float32.
     """
     chosen = resources.choose_device(device)
     compute = resources.choose_dtype(dtype or "float32", chosen)
     paths = [locate(path, progress=progress) for path in (against, *models)]
     labels = names or [model_name(path) if path.is_dir() else path.name for path in paths]
+    if kv_bits and not names:
+        labels[1:] = [f"{label} kv{kv_bits}" for label in labels[1:]]
     checkpoints = [open_checkpoint(path) for path in paths]
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
         tokenizer = load_tokenizer(checkpoints[0], Path(scratch))
         windows = evaluation_windows(checkpoints[0], tokenizer, text, ctx, n_windows)
         own = _own_dtype(checkpoints[0])
         extra = [checkpoints[0]] if noise_floor and own != compute else []
-        scores = _run_all(checkpoints + extra, [compute] * len(checkpoints) + [own] * len(extra), windows, chosen, progress)
+        caches = [None, *[KVScheme(bits=kv_bits) if kv_bits else None] * len(models), *[None] * len(extra)]
+        scores = _run_all(checkpoints + extra, [compute] * len(checkpoints) + [own] * len(extra), windows, chosen, progress, kv=caches)
     rows = []
     for label, path, checkpoint, found in zip(labels, paths, checkpoints, scores, strict=False):
         rows.append(Row(label, path, size_of(checkpoint), {c: summarize(found, c, seed=seed) for c in CONVENTIONS}, checkpoint.provenance))
@@ -125,15 +131,17 @@ def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _run_all(checkpoints: list[Checkpoint], dtypes: list[torch.dtype], windows: Windows, device: torch.device, progress: Progress) -> list[list[WindowScores]]:
+def _run_all(
+    checkpoints: list[Checkpoint], dtypes: list[torch.dtype], windows: Windows, device: torch.device, progress: Progress, *, kv: list[KVScheme | None]
+) -> list[list[WindowScores]]:
     """Scores of every model on every window; the first is the reference. All models advance together, block by block."""
     # Room for what is held at once: the hidden states of every model, a block, and the logits of a window for two models.
     models = []
     batches = windows.batches()
     depth = 0
-    for checkpoint, dtype in zip(checkpoints, dtypes, strict=True):
+    for checkpoint, dtype, cache in zip(checkpoints, dtypes, kv, strict=True):
         skeleton = sk.build(checkpoint)
-        streamer = Streamer(skeleton, batches, dtype=dtype, device=device)
+        streamer = Streamer(skeleton, batches, dtype=dtype, device=device, kv=cache)
         states = HiddenStates(streamer.shapes, streamer.hidden_size, dtype)
         streamer.record(states)
         models.append((streamer, states))

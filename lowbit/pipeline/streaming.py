@@ -10,6 +10,7 @@ In float32 the result equals the plain forward bit for bit (2e-6 for mixtures of
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from ..models import skeleton as sk
+from ..models.kv_cache import BlockCache, KVScheme
 from ..models.skeleton import Skeleton
 from .hidden import HiddenStates
 
@@ -50,7 +52,11 @@ class _Stop(Exception):
 class Streamer:
     """A model that is run block by block. hidden states are made by embed(), advanced by run(), and turned to logits by logits()."""
 
-    def __init__(self, skeleton: Skeleton, batches: list[Batch], *, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:
+    def __init__(
+        self, skeleton: Skeleton, batches: list[Batch], *, dtype: torch.dtype, device: torch.device = torch.device("cpu"), kv: KVScheme | None = None
+    ) -> None:
+        """kv: run as if keys and values had come from a cache that is quantized so."""
+        self.kv = kv
         self.skeleton, self.batches, self.dtype, self.device = skeleton, batches, dtype, device
         self.calls: list[list[Call]] = []
         self._prepare_outside()
@@ -136,7 +142,8 @@ class Streamer:
     def run_block_with_gradient(self, block: nn.Module, index: int, number: int, hidden: Tensor) -> Tensor:
         """run_block inside of whatever gradient mode is set."""
         call = self.calls[number][index]
-        output = block(hidden, *call.args, **call.kwargs)
+        args, kwargs = ((hidden, *call.args), call.kwargs) if self.kv is None else _with_cache(block, hidden, call, BlockCache(self.kv))
+        output = block(*args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def run(self, block: nn.Module, index: int, source: HiddenStates, target: HiddenStates, *, tick: Callable[[], None] = lambda: None) -> None:
@@ -158,6 +165,16 @@ class Streamer:
 
         with _Probes(self.skeleton.blocks, probe):
             return self.skeleton.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+
+
+def _with_cache(block: nn.Module, hidden: Tensor, call: Call, cache: BlockCache) -> tuple[tuple, dict]:
+    """The arguments of a call, with a cache of keys and values among them."""
+    signature = inspect.signature(block.forward)
+    if "past_key_values" not in signature.parameters:
+        raise ModelError(f"{type(block).__name__} takes no past_key_values, so it cannot be run with a quantized cache.")
+    bound = signature.bind(hidden, *call.args, **call.kwargs)
+    bound.arguments["past_key_values"] = cache
+    return bound.args, bound.kwargs
 
 
 class _Probes:
