@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from .errors import RecipeError
 
@@ -22,6 +22,7 @@ class Scheme:
     block: (rows, columns) that share a scale; -1 is the whole axis. (1, 64) is a group of 64 columns of one row,
         (1, -1) one scale per output channel, (-1, -1) one per tensor. (64, 1) is a group of 64 rows of one column, out_features / 64 apart (HQQ's axis 0).
     zero_dtype: of asymmetric integers, "int" (a code) or "float" (any number, in scale_dtype: HQQ).
+    outliers: input channels that are kept in float16 beside the codes (numerics/outliers.py).
     nested: of NF4 and FP4, how many magnitudes share the second level of double quantization (bitsandbytes: 256).
     range: of symmetric integers, scale = max|x| / (2^(b-1) - 1) ("textbook"), / (2^(b-1) - 0.5) ("half", the convention of
         compressed-tensors and AutoGPTQ) or / 2^(b-1) ("full", the sign of the largest value kept, as ggml's Q4_0 does).
@@ -35,10 +36,12 @@ class Scheme:
     scale_dtype: str = "float32"
     zero_dtype: str = "int"
     nested: int | None = None
-    outliers: None = None
+    outliers: int | None = None
     act: None = None
 
     def __post_init__(self) -> None:
+        if self.outliers is not None and self.outliers < 1:
+            raise RecipeError(f"outliers is {self.outliers}; expected at least 1 channel.")
         if self.nested is not None and self.nested < 2:
             raise RecipeError(f"nested is {self.nested}; expected at least 2 magnitudes that share a second scale (bitsandbytes: 256).")
         if self.format in ("nf4", "fp4") and (self.block[0] != 1 or self.block[1] < 2):
@@ -78,6 +81,8 @@ class Scheme:
     @property
     def name(self) -> str:
         """The short form, e.g. int4-sym-g64; what a recipe accepts."""
+        if self.outliers is not None:
+            return f"{replace(self, outliers=None).name}-out{self.outliers}"
         if self.format != INT and self.format not in OWN_GROUPS:
             return self.format
         share = {(1, -1): "channel", (-1, -1): "tensor"}.get(self.block, f"g{self.block[1]}" if self.block[0] == 1 else f"g{self.block[0]}-axis0")

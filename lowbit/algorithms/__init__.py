@@ -77,6 +77,8 @@ def make_options(name: str, options: dict) -> object:
 
 def check_format(name: str, scheme: Scheme) -> None:
     """Raise RecipeError when an algorithm cannot make a number format."""
+    if scheme.outliers is not None and algorithm(name).level == "block":
+        raise RecipeError(f"{name} learns a block as a whole, and cannot leave channels out ({scheme.name}); use rtn, gptq or hqq with outliers.")
     formats = algorithm(name).formats
     if formats is not None and scheme.format not in formats:
         raise RecipeError(f"{name} makes {', '.join(formats)} and not {scheme.format}; use rtn for {scheme.format}.")

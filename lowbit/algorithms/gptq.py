@@ -120,12 +120,17 @@ def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, not
     return grid.finish(q, [grids.join(list(each)) for each in zip(*(found for _, found in parts), strict=True)], str(W.dtype).removeprefix("torch."))
 
 
+def dead_columns(count: int) -> str:
+    """What the provenance says of input columns that saw only zeros."""
+    return f"{count} dead input columns"
+
+
 def factorize(H: Tensor, unit: int, options: GptqOptions) -> Factor | None:
     """Damp, order and factorize a Hessian; None when no damping up to 1 makes it positive definite. unit: columns whose ranges are fitted together."""
     H = H.float()
     diagonal = H.diagonal()
     dead = diagonal <= 0
-    notes = [f"{int(dead.sum())} dead input columns"] if bool(dead.any()) else []
+    notes = [dead_columns(int(dead.sum()))] if bool(dead.any()) else []
     order = _column_order(torch.where(dead, 0.0, diagonal), unit, options)
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     if not torch.isfinite(H).all() or mean <= 0:

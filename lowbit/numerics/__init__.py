@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FormatError, RecipeError, ShapeError
 from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import cast, codebook, floating, ggml, integer, ternary
+from . import cast, codebook, floating, ggml, integer, outliers, ternary
 
 __all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values", "scheme_of"]
 
@@ -97,22 +97,31 @@ def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), imp
     importance [in_features]: the weight of each input channel's squared error where the format searches scales.
     """
     check_shape(scheme, W.shape)
-    return entry(scheme).quantize(W, scheme, search, importance)
+    if scheme.outliers is None:
+        return entry(scheme).quantize(W, scheme, search, importance)
+    index = outliers.choose(W, scheme.outliers, importance)
+    return outliers.add(entry(scheme).quantize(outliers.without(W, index), outliers.plain(scheme), search, importance), scheme, W, index)
 
 
 def dequantize(qt: QuantizedTensor) -> Tensor:
     """The values that the codes stand for, float32 [out_features, in_features]."""
-    return entry(qt.scheme).dequantize(qt)
+    values = entry(qt.scheme).dequantize(qt)
+    return values if qt.scheme.outliers is None else outliers.restore_(values, qt)
 
 
 def bits_per_weight(scheme: Scheme, shape: tuple[int, int]) -> float:
     """Stored bits per weight, scales and zero-points included."""
-    return entry(scheme).bits(scheme, *shape) / (shape[0] * shape[1])
+    return bits(scheme, shape) / (shape[0] * shape[1])
 
 
 def nbytes(scheme: Scheme, shape: tuple[int, int]) -> int:
     """Stored bytes of a matrix, scales and zero-points included (without padding to words)."""
-    return -(-entry(scheme).bits(scheme, *shape) // 8)
+    return -(-bits(scheme, shape) // 8)
+
+
+def bits(scheme: Scheme, shape: tuple[int, int]) -> int:
+    """Stored bits of a matrix in all."""
+    return entry(scheme).bits(scheme, *shape) + outliers.bits(scheme, *shape)
 
 
 def entry(scheme: Scheme) -> Format:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from .. import numerics
 from ..algorithms import algorithm
 from ..algorithms.error import output_energy
+from ..algorithms.gptq import dead_columns
 from ..errors import ModelError
 from ..models.linears import Linear, get_weight, set_weight
+from ..numerics import outliers
 from ..stats import LayerStats, merge
 from ..tensor import QuantizedTensor
 from .collect import InputGroup, symmetrize
@@ -63,7 +67,26 @@ def _choose_codes(W: Tensor, plan: LayerPlan, stats: LayerStats, notes: list[str
         return numerics.quantize(W, plan.scheme)
     if needs and stats.n_tokens == 0 and stats.hessian is None:
         notes.append("no token of the calibration text reached it: all inputs count the same")
-    return entry.run(W, plan.scheme, stats, plan.options, notes)
+    if plan.scheme.outliers is None or plan.algorithm == "rtn":
+        return entry.run(W, plan.scheme, stats, plan.options, notes)
+    index = outliers.choose(W, plan.scheme.outliers, stats.importance())
+    found: list[str] = []
+    made = entry.run(outliers.without(W, index), outliers.plain(plan.scheme), _without_channels(stats, index), plan.options, found)
+    notes += [note for note in found if note != dead_columns(len(index))]
+    return outliers.add(made, plan.scheme, W, index)
+
+
+def _without_channels(stats: LayerStats, index: Tensor) -> LayerStats:
+    """The statistics with some input channels silent."""
+    rest = replace(stats)
+    for name in ("hessian", "cross"):
+        product = getattr(stats, name)
+        if product is not None:
+            product = product.clone()
+            product[index.long()] = 0
+            product[:, index.long()] = 0
+            setattr(rest, name, product)
+    return rest
 
 
 def _alike(linears: list[Linear], plans: dict[str, LayerPlan]) -> list[list[Linear]]:
@@ -82,7 +105,7 @@ def _rows(qt: QuantizedTensor, rows: slice, dtype: str) -> QuantizedTensor:
     """Some output rows of a quantized matrix, as standing for a weight of the given dtype."""
     if not numerics.entry(qt.scheme).rowwise(qt.scheme, qt.shape[1]):
         return QuantizedTensor(qt.scheme, qt.shape, dtype, qt.parts)
-    return QuantizedTensor(qt.scheme, (rows.stop - rows.start, qt.shape[1]), dtype, {key: value[rows].contiguous() for key, value in qt.parts.items()})
+    return QuantizedTensor(qt.scheme, (rows.stop - rows.start, qt.shape[1]), dtype, {key: value.clone() if key == outliers.INDEX else value[rows].contiguous() for key, value in qt.parts.items()})
 
 
 def _rounded(W: Tensor, plan: LayerPlan) -> Tensor:

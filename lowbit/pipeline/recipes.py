@@ -91,7 +91,7 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
 
 def _only_dense(scheme: Scheme) -> bool:
     """Whether no other target holds the scheme: its decoded values are written then."""
-    return scheme.format in (*codebook.CODES, *floating.KINDS, *ternary.KINDS) or (scheme.format == INT and (scheme.zero_dtype == "float" or scheme.block[0] > 1))
+    return scheme.outliers is not None or scheme.format in (*codebook.CODES, *floating.KINDS, *ternary.KINDS) or (scheme.format == INT and (scheme.zero_dtype == "float" or scheme.block[0] > 1))
 
 
 def _short(text: str, *, name: str) -> Draft:
@@ -146,6 +146,8 @@ def _word(word: str, text: str, put) -> None:
         put("format", (FORMAT_ALIASES[word], 0), word)
     elif word == "dq":
         put("nested", codebook.NESTED_BLOCK, word)
+    elif match := re.fullmatch(r"out([1-9][0-9]*)", word):
+        put("outliers", int(match[1]), word)
     elif word in ("sym", "asym"):
         put("symmetric", word == "sym", word)
     elif match := re.fullmatch(r"g([1-9][0-9]*)", word):
@@ -169,7 +171,7 @@ def _word(word: str, text: str, put) -> None:
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
             f"int2..int8 or {', '.join((*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *CASTS))}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
-            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; gptaq; guided; {', '.join(TRANSFORMS)}."
+            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; outN; gptaq; guided; {', '.join(TRANSFORMS)}."
         )
 
 
@@ -183,6 +185,10 @@ def _word_transforms(found: dict[str, Any]) -> dict[str, dict]:
 
 
 def _scheme(found: dict[str, Any]) -> Scheme:
+    return replace(_scheme_of_all(found), outliers=found.get("outliers"))
+
+
+def _scheme_of_all(found: dict[str, Any]) -> Scheme:
     fmt, bits = found["format"]
     if fmt == INT:
         fitted = found.get("algorithm") == "hqq"
