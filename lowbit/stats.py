@@ -11,7 +11,7 @@ from torch import Tensor
 class LayerStats:
     """Statistics of the inputs x [tokens, in_features] of a linear layer; each is filled only if an algorithm asks for it.
 
-    hessian: sum of x x^T over tokens, float32 [in_features, in_features] (GPTQ's H is 2/n times this; the factor cancels).
+    hessian: sum of x x^T over tokens (each with its weight in a guided job), float32 [in_features, in_features] (GPTQ's H is 2/n times this; the factor cancels).
     cross: sum of dx x^T, dx what the original model's input has more than x, float32 [in_features, in_features] (GPTAQ).
     sum_abs: sum of |x| over tokens, float32 [in_features].
     sum_sq: sum of x^2 over tokens, float32 [in_features] (llama.cpp's imatrix is sum_sq / n_tokens).

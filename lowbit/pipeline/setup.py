@@ -100,11 +100,14 @@ def check_resources(setup: Setup, windows: Windows | None, output: Path, *, resu
     """Raise ResourceError when the disk or the memory will not do."""
     quantized = sum(numerics.nbytes(plan.scheme, shape) for plan, shape in _planned_shapes(setup))
     kept = sum(t.nbytes for name, t in setup.checkpoint.tensors.items() if name not in setup.plans)
-    hidden = 0 if windows is None else 2 * windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize
-    if windows is not None and "loss" in setup.needs:
-        hidden += guidance.kept_bytes(windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize, len(setup.skeleton.blocks))
+    states = 0 if windows is None else windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize
+    hidden = (4 if "reference" in setup.needs else 2) * states
+    if "loss" in setup.needs:
+        hidden += guidance.kept_bytes(states, len(setup.skeleton.blocks))
     beside = sum(file.stat().st_size for file in setup.checkpoint.files) + 2 * RECORD_BYTES * len(setup.plans)
-    disk = 2 * quantized + kept + hidden + beside  # the work folder and the output exist side by side for a while
+    dense = sum(setup.checkpoint.lazy(name).numel * setup.checkpoint.lazy(name).dtype.itemsize for name in setup.plans)
+    written = dense if setup.recipe.target == "safetensors" else quantized
+    disk = quantized + written + kept + hidden + beside  # the work folder and the output exist side by side for a while
     if not resumed:
         resources.require_disk(output.absolute().parent, disk, purpose="This job")
     resources.require_memory(memory_estimate(setup, windows), purpose="This job")
@@ -134,4 +137,6 @@ def memory_estimate(setup: Setup, windows: Windows | None) -> int:
         return largest * 5
     squares = [{linear.input_key: 4 * linear.shape[1] ** 2 for linear in linears} for linears in setup.linears]
     hessians = max(sum(inputs.values()) + 6 * max(inputs.values(), default=0) for inputs in squares) if "hessian" in setup.needs else 0  # six copies while one is factorized
-    return 2 * block + hessians + 8 * largest
+    hessians *= 2 if "cross" in setup.needs else 1
+    learned = [[x.shape[0] * x.shape[1] for x in linears if x.name in setup.plans and algorithm(setup.plans[x.name].algorithm).level == "block"] for linears in setup.linears]
+    return 2 * block + hessians + 8 * largest + 10 * 4 * max(sum(sizes) for sizes in learned)  # weight, shift, their gradients, values, the best so far
