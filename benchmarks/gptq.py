@@ -3,7 +3,7 @@
 Both run as whole processes, from start until the files are written, in turn, on the same tokens; the loss of both files is measured by lowbit's
 protocol (and the perplexity can be checked with llama-perplexity, see docs/status.md).
 
-    python benchmarks/gptq.py MODEL CALIBRATION.txt EVALUATION.txt --peer-python PEER_VENV/bin/python [--dtype float32] [--runs 2]
+    python benchmarks/gptq.py MODEL CALIBRATION.txt EVALUATION.txt --peer-python PEER_VENV/bin/python [--dtype float32] [--runs 2] [--recipe int4-sym-g64-gptq-guided]
 
 The peer's environment holds llmcompressor and torch (CPU); --dtype is the peer's. Results are appended to benchmarks/results/gptq.jsonl.
 """
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "gptq.jsonl"
 SAMPLES, LENGTH, GROUP = 64, 512, 64
 OURS = """
 import sys, lowbit
-lowbit.quantize(sys.argv[1], "int4-sym-g64-gptq", sys.argv[2], calibration=sys.argv[3], n_samples=64, seq_len=512, overwrite=True)
+lowbit.quantize(sys.argv[1], sys.argv[4], sys.argv[2], calibration=sys.argv[3], n_samples=64, seq_len=512, overwrite=True)
 """
 PEER = """
 import sys, json, torch, llmcompressor
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("evaluation")
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--recipe", default="int4-sym-g64-gptq", help="lowbit's, e.g. int4-sym-g64-gptq-guided")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--windows", type=int, default=40)
     a = parser.parse_args()
@@ -57,10 +58,10 @@ def main() -> None:
         ids, text = same_tokens(a.model, a.calibration, Path(scratch))
         runs: dict[str, list[dict]] = {"lowbit": [], "llm-compressor": []}
         for _ in range(a.runs):
-            runs["lowbit"].append(timed([sys.executable, "-c", OURS, a.model, f"{scratch}/ours", text]))
+            runs["lowbit"].append(timed([sys.executable, "-c", OURS, a.model, f"{scratch}/ours", text, a.recipe]))
             runs["llm-compressor"].append(timed([a.peer_python, "-c", PEER, a.model, f"{scratch}/peer", ids, a.dtype]))
         loss = losses(a, scratch)
-    record = {"model": Path(a.model).name, "peer_dtype": a.dtype, "machine": machine(), "peer_version": version(a.peer_python), "runs": runs, "loss": loss, "commit": commit()}
+    record = {"model": Path(a.model).name, "recipe": a.recipe, "peer_dtype": a.dtype, "machine": machine(), "peer_version": version(a.peer_python), "runs": runs, "loss": loss, "commit": commit()}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.write(json.dumps(record) + "\n")

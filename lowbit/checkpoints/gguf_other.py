@@ -1,6 +1,6 @@
 """GGUF architectures that have no entry in gguf_arch: read through transformers' own tables of keys, names and tensor layouts.
 
-What transformers does not carry over is added here (rope base, rotary share, special tokens). Only for reading.
+What transformers does not carry over is added here (rope base, rotary share, epsilons). Only for reading.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..algorithms import algorithm
+from ..errors import RecipeError
 from ..models import skeleton as sk
 from ..models.linears import Linear
 from ..progress import Advance
@@ -159,10 +160,17 @@ class _BlockWorker:
         """Apply the recipe's transforms; what they change beside the quantized matrices goes to the job. Returns what was done, by weight name."""
         setup = self.setup
         run = lambda: self.streamer.run_block(block, index, 0, source.read(0, self.streamer.device))
-        changed, done = transform_block(block, groups, setup.plans, setup.recipe.transforms, run if index == 0 else None)
+        changed, done = transform_block(block, groups, setup.plans, setup.recipe.transforms, run)
         prefix = setup.skeleton.block_name(index)
         sources = {name: setup.skeleton.sources[f"{prefix}.{name}"].flat() for name in changed}
-        self.job.save_tensors(rewritten(index), {names[0]: changed[name] for name, names in sources.items() if len(names) == 1 and names[0] not in setup.plans})
+        for name, names in sources.items():
+            kept = [source for source in names if source not in setup.plans]
+            if len(names) > 1 and kept:
+                raise RecipeError(
+                    f"a transform rescales {prefix}.{name}, of which the recipe keeps {kept[0]}: that is stored in parts, which cannot be rescaled as they are. "
+                    "Quantize them, or leave the transform out."
+                )
+        self.job.save_tensors(rewritten(index), {names[0]: changed[name] for name, names in sources.items() if names[0] not in setup.plans})
         return done
 
     def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, reference: HiddenStates | None, advance: Advance) -> None:

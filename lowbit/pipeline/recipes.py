@@ -274,13 +274,7 @@ def _rule(entry: object, where: str, recipe: Recipe) -> tuple[Rule, bool]:
 def _check_options(algorithm: str, options: dict) -> None:
     """Raise RecipeError on an option that the algorithm does not have, or a value that it cannot take."""
     _refuse_wrong_types(ALGORITHMS[algorithm].options, options, f"options of {algorithm}")
-    _options(algorithm, options)
-
-
-def _options(algorithm: str, options: dict) -> object:
-    made = make_options(algorithm, options)
-    getattr(made, "range_search", None)  # a property: making the search checks its values
-    return made
+    make_options(algorithm, options)
 
 
 _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -371,4 +365,4 @@ def _plan(scheme: Scheme, algorithm: str, options: dict, name: str, shape: tuple
     check_format(algorithm, scheme)
     TARGETS[target_name].check(scheme, shape, name.removesuffix(".weight"))
     numerics.check_shape(scheme, shape, name=name.removesuffix(".weight"))
-    return LayerPlan(scheme, algorithm, _options(algorithm, options), notes)
+    return LayerPlan(scheme, algorithm, make_options(algorithm, options), notes)

@@ -21,14 +21,14 @@ EXACT = 2e-2  # relative error of the block's output that a fold may make, in bf
 
 
 def transform_block(
-    block: nn.Module, groups: list[InputGroup], plans: dict[str, LayerPlan], steps: dict[str, dict], run: Callable[[], Tensor] | None
+    block: nn.Module, groups: list[InputGroup], plans: dict[str, LayerPlan], steps: dict[str, dict], run: Callable[[], Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """Apply the recipe's transforms to a block and its groups' statistics, in place.
 
-    run: the block on a few tokens, to see that it computes the same afterwards (None: not looked at). Raises ModelError when it does not.
+    run: the block on a few tokens, to see that it computes the same afterwards. Raises ModelError when it does not.
     Returns the parameters of the block that changed, float32 by name ("input_layernorm.weight"), and, by weight name, the least and the largest scale of each transform, for the provenance.
     """
-    before = run() if run else None
+    before = run()
     changed: set[str] = set()
     done: dict[str, dict] = {}
     for group in groups:
@@ -46,8 +46,7 @@ def transform_block(
                         _rescale(group.stats, scale)
                         for linear in group.linears:
                             done.setdefault(linear.name, {})[name] = [float(f"{value:.4g}") for value in (scale.min(), scale.max())]
-    if run and before is not None:
-        _refuse_changed(before, run(), block)
+    _refuse_changed(before, run(), block)
     if "awq" in steps and (options := make_options("awq", steps["awq"])).clip:
         _clip(block, groups, plans, options)
     parameters = dict(block.named_parameters())

@@ -30,7 +30,7 @@ _MLP = ("mlp.gate_proj", "mlp.up_proj")
 _EXPERTS = ("mlp.gate", "mlp.experts:gate_up_proj")
 
 # Tried from the top; a fold is there when all its modules are, and a consumer belongs to the first that has it. What reads a norm must be listed
-# completely: check() compares the block's output before and after.
+# completely: pipeline/transform.py runs every block before and after.
 FOLDS = (
     Fold("input_layernorm", _QKV),
     Fold("input_layernorm", ("self_attn.qkv_proj",)),

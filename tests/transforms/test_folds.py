@@ -130,3 +130,10 @@ def test_bad_options():
         make_options("rotate-it", {})
     with pytest.raises(RecipeError, match="n_grid is 0"):
         make_options("awq", {"n_grid": 0})
+
+
+def test_kept_experts_cannot_be_rescaled(model_folder, text_file, tmp_path):
+    """They are joined from many tensors of the checkpoint: a norm that was divided for them would be wrong without a word."""
+    (tmp_path / "r.toml").write_text('scheme = "int4-asym-g32-awq-rtn"\n[[rules]]\nmatch = "*.experts.*.w1"\nscheme = "keep"\n')
+    with pytest.raises(RecipeError, match="of which the recipe keeps .*experts"):
+        quantize(model_folder("mixtral"), tmp_path / "r.toml", tmp_path / "out", calibration=text_file, n_samples=4, seq_len=32, dtype="float32")
