@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from .errors import RecipeError
 
@@ -23,6 +24,7 @@ class Scheme:
         (1, -1) one scale per output channel, (-1, -1) one per tensor. (64, 1) is a group of 64 rows of one column, out_features / 64 apart (HQQ's axis 0).
     zero_dtype: of asymmetric integers, "int" (a code) or "float" (any number, in scale_dtype: HQQ).
     outliers: input channels that are kept in float16 beside the codes (numerics/outliers.py).
+    act: how the inputs that the matrix multiplies are rounded when the model runs (None: not at all).
     nested: of NF4 and FP4, how many magnitudes share the second level of double quantization (bitsandbytes: 256).
     range: of symmetric integers, scale = max|x| / (2^(b-1) - 1) ("textbook"), / (2^(b-1) - 0.5) ("half", the convention of
         compressed-tensors and AutoGPTQ) or / 2^(b-1) ("full", the sign of the largest value kept, as ggml's Q4_0 does).
@@ -37,7 +39,7 @@ class Scheme:
     zero_dtype: str = "int"
     nested: int | None = None
     outliers: int | None = None
-    act: None = None
+    act: Activation | None = None
 
     def __post_init__(self) -> None:
         if self.outliers is not None and self.outliers < 1:
@@ -81,6 +83,8 @@ class Scheme:
     @property
     def name(self) -> str:
         """The short form, e.g. int4-sym-g64; what a recipe accepts."""
+        if self.act is not None:
+            return f"{replace(self, act=None).name}-{self.act.name}"
         if self.outliers is not None:
             return f"{replace(self, outliers=None).name}-out{self.outliers}"
         if self.format != INT and self.format not in OWN_GROUPS:
@@ -96,7 +100,101 @@ class Scheme:
 
     @staticmethod
     def from_dict(data: dict) -> Scheme:
-        return Scheme(**{**data, "block": tuple(data["block"])})
+        act = data.get("act")
+        return Scheme(**{**data, "block": tuple(data["block"]), "act": None if act is None else Activation.from_dict(act)})
+
+
+OBSERVERS = ("minmax", "average", "percentile", "mse", "kl")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How inputs x [tokens, in_features] of a linear layer are rounded when the model runs.
+
+    format, bits, symmetric, range: as of weights (int, fp8_e4m3, fp8_e5m2, mxfp8_e4m3, mxfp4, nvfp4, ...).
+    per: "token" or "tensor": what shares a scale. static: the scale is found once, in calibration, by an observer: "minmax", "average" (moving average of
+        the extremes of each micro-batch), "percentile" (of |x|, or of both ends), "mse" (least squared error) or "kl" (least KL divergence, symmetric only).
+    threshold: columns that hold a magnitude of at least this are left as they are (LLM.int8: 6.0).
+    """
+
+    format: str = INT
+    bits: int = 8
+    symmetric: bool = True
+    range: str = "half"
+    per: str = "token"
+    static: bool = False
+    observer: str = "minmax"
+    percentile: float = 99.99
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.per not in ("token", "tensor"):
+            raise RecipeError(f"activations: per is {self.per!r}; expected token or tensor.")
+        if self.static and (self.per != "tensor" or self.threshold is not None or self.format not in (INT, "fp8_e4m3", "fp8_e5m2")):
+            raise RecipeError("activations: a static scale is one number for the tensor, of integers or fp8, without a threshold; use per = \"tensor\", or leave static out.")
+        if self.observer not in OBSERVERS:
+            raise RecipeError(f"activations: observer is {self.observer!r}; expected one of {', '.join(OBSERVERS)}.")
+        if self.observer == "kl" and not (self.symmetric and self.format == INT):
+            raise RecipeError("activations: the observer kl finds a threshold of |x| for integers; it needs symmetric = true.")
+        if not 50 < self.percentile <= 100:
+            raise RecipeError(f"activations: percentile is {self.percentile}; expected more than 50 and at most 100.")
+        if self.threshold is not None and not self.threshold > 0:
+            raise RecipeError(f"activations: threshold is {self.threshold}; expected a positive number, usually 6.0.")
+        _ = self.scheme  # which checks its own
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of x [tokens, in_features] as a matrix."""
+        if self.format == INT:
+            return Scheme(INT, self.bits, (1, -1) if self.per == "token" else (-1, -1), self.symmetric, self.range)
+        block = {"mxfp8_e4m3": 32, "mxfp8_e5m2": 32, "mxfp6_e2m3": 32, "mxfp6_e3m2": 32, "mxfp4": 32, "nvfp4": 16}.get(self.format)
+        return Scheme(self.format, self.bits, (1, block) if block else (1, -1) if self.per == "token" else (-1, -1))
+
+    @property
+    def name(self) -> str:
+        """The short form, e.g. a8, a8-static, afp8; what a recipe accepts."""
+        words = [f"a{self.bits}" if self.format == INT else f"a{self.format}"]
+        words += ["aasym"] * (not self.symmetric) + ["static" if self.observer == "minmax" else f"static_{self.observer}"] * self.static
+        words += ["atensor"] * (self.per == "tensor" and not self.static)
+        return "-".join(words + ([f"t{self.threshold:g}"] if self.threshold is not None else []))
+
+    @staticmethod
+    def from_dict(data: dict) -> Activation:
+        """The inverse of dataclasses.asdict; RecipeError for an unknown key or a wrong type."""
+        known = {f.name: f.default for f in fields(Activation)}
+        for key, value in data.items():
+            if key not in known:
+                raise RecipeError(f"activations: unknown key {key!r}; expected one of {', '.join(known)}.")
+            kind = (int, float, type(None)) if key == "threshold" else (int, float) if key == "percentile" else type(known[key])
+            if not isinstance(value, kind) or (isinstance(value, bool) and type(known[key]) is not bool):
+                raise RecipeError(f"activations: {key} is {value!r}; expected a value like {known[key]!r}.")
+        return Activation(**data)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The rounding of one layer's inputs as it runs: act; scale and zero_point of a static one, else None."""
+
+    act: Activation
+    scale: float | None = None
+    zero_point: float = 0.0
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict) -> Rounding:
+        """The inverse of to_dict; RecipeError for what is none."""
+        known = {"act", "scale", "zero_point"}
+        if not isinstance(data, dict) or set(data) - known or not isinstance(data.get("act"), dict):
+            raise RecipeError(f"activations: {data!r} is no rounding; expected act, scale and zero_point.")
+        act, scale, zero = Activation.from_dict(data["act"]), data.get("scale"), data.get("zero_point", 0.0)
+        for value in (scale, zero):
+            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)):
+                raise RecipeError(f"activations: scale is {scale!r} and zero_point {zero!r}; expected numbers.")
+        if act.static != (scale is not None) or (scale is not None and scale <= 0):
+            raise RecipeError(f"activations: scale is {scale!r}; expected a positive number where static is true, and none where it is not.")
+        return Rounding(act, scale, zero or 0.0)
 
 
 @dataclass(frozen=True)

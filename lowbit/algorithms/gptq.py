@@ -43,7 +43,8 @@ class GptqOptions:
     sweeps: coordinate-descent sweeps over all codes after the loop.
     alpha: weight of GPTAQ's term (0: off; its authors take 0.25).
     guided: tokens count in the Hessian by the squared gradient of the loss at the layer's output, to the power guide_power and at most guide_cap
-    times their mean (0: no limit); a backward sweep through the model finds them (pipeline/guidance.py).
+    times their mean (0: no limit); a backward sweep through the model finds them (pipeline/guidance.py). guide_groups: a Hessian for each of so many groups of
+    outputs (GuidedQuant, arXiv:2505.07004, eq. 7), at so many times the memory and time.
     """
 
     damp: float = 0.01
@@ -56,6 +57,7 @@ class GptqOptions:
     guided: bool = False
     guide_power: float = 0.75
     guide_cap: float = 0.0
+    guide_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -68,6 +70,8 @@ class GptqOptions:
             raise RecipeError(f"alpha is {self.alpha}; expected 0 (off) to 1, usually 0.25.")
         if self.guide_power <= 0 or self.guide_cap < 0:
             raise RecipeError(f"guide_power is {self.guide_power} and guide_cap {self.guide_cap}; expected a power above 0 and a cap of 0 (none) or more.")
+        if self.guide_groups < 1 or (self.guide_groups > 1 and (self.alpha or not self.guided)):
+            raise RecipeError(f"guide_groups is {self.guide_groups}; expected at least 1, and more only with guided = true and alpha = 0.")
         _ = self.range_search  # which checks its own
 
     @property
@@ -104,20 +108,31 @@ def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, not
     numerics.check_shape(scheme, tuple(W.shape))
     W32 = W.float()
     grid = grids.grid(W32, scheme, options.range_search)
-    factor = factorize(stats.hessian, grid.unit, options)
+    dtype = str(W.dtype).removeprefix("torch.")
+    parts: list[tuple[Tensor, list[Ranges]]] = []
+    groups = [stats.hessian] if stats.hessian.ndim == 2 else [stats.hessian.mean(0)] if scheme.block == (-1, -1) else list(stats.hessian)
+    for rows, H in zip(W32.tensor_split(len(groups)), groups, strict=True):
+        found = _solve(rows, scheme, grid, H, stats, options, notes)
+        if found is None:
+            notes.append("the Hessian could not be factorized even with damping 1.0: plain rounding was used (with searched scales)")
+            return numerics.quantize(W, scheme, options.range_search, stats.importance())
+        parts += found
+    return grid.finish(torch.cat([q for q, _ in parts]), [grids.join(list(each)) for each in zip(*(found for _, found in parts), strict=True)], dtype)
+
+
+def _solve(W: Tensor, scheme: Scheme, grid: Grid, H: Tensor, stats: LayerStats, options: GptqOptions, notes: list[str]) -> list[tuple[Tensor, list[Ranges]]] | None:
+    """q and the ranges of W float32, some rows at a time; None when H cannot be factorized."""
+    factor = factorize(H, grid.unit, options)
     if factor is None:
-        notes.append("the Hessian could not be factorized even with damping 1.0: plain rounding was used (with searched scales)")
-        return numerics.quantize(W, scheme, options.range_search, stats.importance())
-    notes += factor.notes
+        return None
+    notes += [note for note in factor.notes if note not in notes]
     if options.alpha and stats.cross is not None:
         factor.cross = options.alpha * stats.cross[factor.order][:, factor.order]
         factor.P = (factor.cross @ factor.U.T).triu_(1) @ factor.U
     elif options.alpha:
         notes.append("the error of the inputs was not counted: it is not known for this matrix (experts)")
-    run = lambda rows: _Solver(W32[rows], scheme, grid, factor, options).solve()
-    parts = [run(slice(None))] if scheme.block == (-1, -1) else over_rows(run, W.shape[0])
-    q = torch.cat([part for part, _ in parts])
-    return grid.finish(q, [grids.join(list(each)) for each in zip(*(found for _, found in parts), strict=True)], str(W.dtype).removeprefix("torch."))
+    run = lambda rows: _Solver(W[rows], scheme, grid, factor, options).solve()
+    return [run(slice(None))] if scheme.block == (-1, -1) else over_rows(run, W.shape[0])
 
 
 def dead_columns(count: int) -> str:

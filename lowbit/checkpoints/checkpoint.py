@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..scheme import Scheme
+from ..scheme import Rounding, Scheme
 from ..tensor import QuantizedTensor
 
 CHUNK_BYTES = 32 << 20  # of a matrix that is worked on some rows at a time
@@ -69,7 +69,7 @@ class Checkpoint:
     kind: "safetensors", "gguf", "compressed-tensors". path: the folder or file. config: the contents of config.json.
     tensors: dense tensors by checkpoint name ("model.norm.weight"); quantized: matrices by the name of the weight they replace.
     A name is in one of the two. files: tokenizer, chat template and generation_config, to be copied beside a result.
-    provenance: what made it, if it says. Of tied embeddings only one is stored.
+    provenance: what made it, if it says. activations: how the inputs of matrices are rounded when the model runs, by weight name. Of tied embeddings only one is stored.
     """
 
     kind: str
@@ -79,6 +79,7 @@ class Checkpoint:
     quantized: Mapping[str, LazyQuantized] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     provenance: dict = field(default_factory=dict)
+    activations: Mapping[str, Rounding] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight, as if it were dense."""

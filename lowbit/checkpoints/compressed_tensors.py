@@ -60,6 +60,8 @@ def check(scheme: Scheme, shape: tuple[int, ...], name: str) -> None:
             f"{layer}: compressed-tensors cannot hold {scheme.name}; it holds int2 to int8 and {', '.join(CASTS)}. "
             "Use one of those, --to gguf for ggml's types, or --to safetensors, which writes the decoded values."
         )
+    if scheme.act is not None:
+        raise RecipeError(f"{layer}: rounded activations ({scheme.name}) are not written as compressed-tensors yet. Use --to safetensors, which keeps them in its provenance.")
     if scheme.outliers is not None:
         raise RecipeError(f"{layer}: compressed-tensors has no place for outlier channels ({scheme.name}). Use --to safetensors, which writes the decoded values.")
     if scheme.format == INT and (scheme.zero_dtype != "int" or scheme.block[0] > 1):

@@ -282,6 +282,8 @@ def supported(config: dict) -> None:
 def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     """Raise ShapeError or RecipeError when GGUF cannot hold such a matrix [out_features, in_features]; the message names what fits."""
     in_features = shape[1]
+    if scheme.act is not None:
+        raise RecipeError(f"{name}: a GGUF file does not say how activations are rounded ({scheme.name}); llama.cpp does that its own way. Use --to safetensors, which keeps it.")
     if scheme.outliers is not None:
         raise RecipeError(f"{name}: GGUF has no place for outlier channels ({scheme.name}). Use --to safetensors, which writes the decoded values.")
     if scheme.format in CASTS:

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
+from ..scheme import Rounding
 from .checkpoint import Checkpoint, LazyTensor
 
 PROVENANCE = "lowbit.json"
@@ -37,7 +38,18 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def open_folder(path: Path) -> Checkpoint:
     """Open a folder with config.json and safetensors weights (dense)."""
     config = read_json(path / "config.json")
-    return Checkpoint("safetensors", path, config, tensors=open_tensors(path), files=side_files(path), provenance=read_provenance(path))
+    provenance = read_provenance(path)
+    return Checkpoint("safetensors", path, config, tensors=open_tensors(path), files=side_files(path), provenance=provenance, activations=_activations(provenance, path))
+
+
+def _activations(provenance: dict, path: Path) -> dict[str, Rounding]:
+    """How a result of lowbit rounds activations, as its provenance says."""
+    layers = provenance.get("layers")
+    entries = {name: layer["activation"] for name, layer in layers.items() if isinstance(layer, dict) and "activation" in layer} if isinstance(layers, dict) else {}
+    try:
+        return {name: Rounding.from_dict(entry) for name, entry in entries.items()}
+    except RecipeError as error:
+        raise CheckpointError(f"{path / PROVENANCE}: {error}") from error
 
 
 def side_files(path: Path) -> tuple[Path, ...]:

@@ -47,10 +47,11 @@ def experts_forward(self: FusedExperts, hidden_states: Tensor, top_k_index: Tens
     """Run every expert on the tokens routed to it.
 
     hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. self.observe(parameter, expert, x, token), when set, is shown
-    the inputs of each expert's matrices: x [tokens of this expert, in_features], and which tokens they are.
+    the inputs of each expert's matrices: x [tokens of this expert, in_features], and which tokens they are. self.rounded(parameter, expert, x), when set,
+    gives what they read instead.
     """
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, observe = getattr(self, up_name), getattr(self, "observe", None)
+    up, observe, rounded = getattr(self, up_name), getattr(self, "observe", None), getattr(self, "rounded", None)
     result = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     for expert in range(self.num_experts):
         token, place = torch.where(top_k_index == expert)
@@ -59,10 +60,14 @@ def experts_forward(self: FusedExperts, hidden_states: Tensor, top_k_index: Tens
         x = hidden_states[token]
         if observe is not None:
             observe(up_name, expert, x, token)
+        if rounded is not None:
+            x = rounded(up_name, expert, x)
         x = nn.functional.linear(x, up[expert])
         x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
         if observe is not None:
             observe("down_proj", expert, x, token)
+        if rounded is not None:
+            x = rounded("down_proj", expert, x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, place, None]
         result.index_add_(0, token, x.float())
     return result.to(hidden_states.dtype)

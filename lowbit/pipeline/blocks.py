@@ -9,11 +9,16 @@ import torch
 from torch import nn
 
 from ..algorithms import algorithm
-from ..errors import RecipeError
+from ..errors import FormatError, RecipeError
 from ..models import skeleton as sk
 from ..models.linears import Linear
+from ..models.rounding import attach
+from ..numerics import activations
 from ..progress import Advance
+from ..scheme import Activation, Rounding
+from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from ..transforms import of_blocks
 from . import guidance, resources
 from .calibration import Windows
 from .collect import Collector, Current, InputGroup, StopBlock, stages
@@ -47,7 +52,7 @@ def run(setup: Setup, windows: Windows | None, job: Job, peak: resources.PeakMem
         return HiddenStates(streamer.shapes, streamer.hidden_size, setup.dtype, file=job.hidden_file(block, kind), must_exist=must_exist)
 
     if "loss" in setup.needs:
-        guidance.sweep(streamer, setup.linears, job, seed=setup.recipe.seed, progress=setup.progress)
+        guidance.sweep(streamer, setup.linears, setup.plans, job, seed=setup.recipe.seed, progress=setup.progress)
     source = states(first, must_exist=first > 0)
     streamer.record(source if first == 0 else None)
     reference = states(first, "reference", must_exist=first > 0) if "reference" in setup.needs else None
@@ -90,6 +95,9 @@ def _run_without_data(setup: Setup, job: Job, first: int, peak: resources.PeakMe
             records: dict[str, dict] = {}
             for linear in setup.linears[index]:
                 made, record = quantize_group(block, InputGroup([linear]), setup.plans, _dtypes(setup, [linear]))
+                act = setup.plans[linear.name].scheme.act if linear.name in record else None
+                if act is not None:
+                    record[linear.name]["activation"] = activations.settle(act, None).to_dict()
                 tensors |= made
                 records |= record
             job.save(part(index), tensors, records)
@@ -100,6 +108,13 @@ def _run_without_data(setup: Setup, job: Job, first: int, peak: resources.PeakMe
 
 def _dtypes(setup: Setup, linears: list[Linear]) -> dict[str, str]:
     return {linear.name: dtype_name(setup.checkpoint, linear.name) for linear in linears}
+
+
+def _settled(name: str, act: Activation, stats: LayerStats | None) -> Rounding:
+    try:
+        return activations.settle(act, stats)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
 
 
 class _BlockWorker:
@@ -124,14 +139,14 @@ class _BlockWorker:
         collector = Collector(block, linears)
         groups = self._groups(collector, linears, index, block, source) if linears else []
         if "loss" in setup.needs:
-            guidance.weigh(groups, setup.plans, self.job, index, streamer.batches)
+            groups = guidance.weigh(groups, setup.plans, self.job, index, streamer.batches)
         turns = stages(groups) if setup.recipe.true_sequential else [groups] if groups else []
         tensors: dict[str, QuantizedTensor] = {}
         records: dict[str, dict] = {}
         for number, stage in enumerate(turns):
-            self._collect(collector, stage, index, block, source, reference, advance if number == 0 else lambda n=1: None)
+            self._collect(collector, stage, index, block, source, reference, advance if number == 0 else lambda n=1: None, setup.needs)
             notes = share_scarce(stage)
-            done = self._transform(block, index, stage, source) if setup.recipe.transforms else {}
+            done = self._transform(block, index, stage, source) if of_blocks(setup.recipe.transforms) else {}
             for group in stage:
                 made, record = quantize_group(block, group, setup.plans, _dtypes(setup, group.linears))
                 for name in record.keys() & notes.keys():
@@ -150,11 +165,27 @@ class _BlockWorker:
             tensors |= made
             records |= record
             self.peak.look()
+        if roundings := self._roundings(block, index, planned, source):
+            attach(block, planned, roundings)
+            for name, rounding in roundings.items():
+                records[name]["activation"] = rounding.to_dict()
         if goal is not None:
             streamer.run(block, index, source, goal, tick=advance)
         else:
             advance(len(streamer.batches))
         return tensors, records
+
+    def _roundings(self, block: nn.Module, index: int, linears: list[Linear], source: HiddenStates) -> dict[str, Rounding]:
+        """How the inputs of a block's matrices are to be rounded; scales of static ones from a pass through the quantized block."""
+        acts = {linear.name: act for linear in linears if (act := self.setup.plans[linear.name].scheme.act) is not None}
+        wanted = tuple(sorted({need for act in acts.values() for need in activations.needs(act)}))
+        stats: dict[str, LayerStats] = {}
+        if wanted:
+            collector = Collector(block, linears)
+            groups = self._groups(collector, linears, index, block, source)
+            self._collect(collector, groups, index, block, source, None, lambda n=1: None, wanted)
+            stats = {linear.name: group.stats for group in groups for linear in group.linears}
+        return {name: _settled(name, act, stats.get(name)) for name, act in acts.items()}
 
     def _transform(self, block: nn.Module, index: int, groups: list[InputGroup], source: HiddenStates) -> dict[str, dict]:
         """Apply the recipe's transforms; what they change beside the quantized matrices goes to the job. Returns what was done, by weight name."""
@@ -173,9 +204,9 @@ class _BlockWorker:
         self.job.save_tensors(rewritten(index), {names[0]: changed[name] for name, names in sources.items() if names[0] not in setup.plans})
         return done
 
-    def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, reference: HiddenStates | None, advance: Advance) -> None:
+    def _collect(self, collector: Collector, stage: list[InputGroup], index: int, block, source: HiddenStates, reference: HiddenStates | None, advance: Advance, needs: tuple[str, ...]) -> None:
         current, start = Current(), 0
-        with collector.collect(stage, self.setup.needs, current):
+        with collector.collect(stage, needs, current):
             for number, batch in enumerate(self.streamer.batches):
                 current.mask, current.tokens = batch.mask, slice(start, start + batch.ids.numel())
                 start = current.tokens.stop

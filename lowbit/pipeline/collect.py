@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.linears import Linear
-from ..stats import LayerStats
+from ..numerics.activations import AVERAGING
+from ..stats import Histogram, LayerStats
 
 PANEL = 384
 TOKENS = 2048
+SAMPLE_TOKENS, SAMPLE_SHARE = 512, 64  # of inputs that are kept as they are: in all, and of each micro-batch
 
 
 @dataclass
@@ -26,7 +28,7 @@ class InputGroup:
     """Matrices of a block that multiply the same input, and the statistics of that input.
 
     original: what the original model reads here for the current micro-batch (GPTAQ).
-    weights: what each token counts in the Hessian, float32 [tokens of all micro-batches], mean 1 (None: all the same).
+    weights: what each token counts in the Hessian, float32 [tokens of all micro-batches], mean 1 (None: all the same); [tokens, groups]: in that of each group of outputs.
     """
 
     linears: list[Linear]
@@ -188,7 +190,7 @@ class _Hooks:
 
 
 def accumulate(stats: LayerStats, x: Tensor, needs: tuple[str, ...], weights: Tensor | None = None) -> None:
-    """Add the tokens x [tokens, in_features] to stats; weights [tokens]: what each counts in the Hessian."""
+    """Add the tokens x [tokens, in_features] to stats; weights [tokens] or [tokens, groups]: what each counts in the Hessian."""
     if not len(x):
         return
     stats.n_tokens += len(x)
@@ -201,10 +203,30 @@ def accumulate(stats: LayerStats, x: Tensor, needs: tuple[str, ...], weights: Te
     if "absmax" in needs:
         largest = x.abs().amax(0).float()
         stats.absmax = largest if stats.absmax is None else stats.absmax.maximum(largest)
+    if "range" in needs or "average" in needs:
+        low, high = (end.float() for end in torch.aminmax(x))
+        if "range" in needs:
+            stats.low = low if stats.low is None else stats.low.minimum(low)
+            stats.high = high if stats.high is None else stats.high.maximum(high)
+        if "average" in needs:
+            stats.mean_low = low if stats.mean_low is None else stats.mean_low.lerp(low, AVERAGING)
+            stats.mean_high = high if stats.mean_high is None else stats.mean_high.lerp(high, AVERAGING)
+    if "histogram" in needs:
+        found = Histogram.of(x)
+        stats.histogram = found if stats.histogram is None else stats.histogram + found
+    if "sample" in needs and (have := 0 if stats.sample is None else len(stats.sample)) < SAMPLE_TOKENS:
+        some = x[:: max(1, len(x) // SAMPLE_SHARE)][: SAMPLE_TOKENS - have].float()
+        stats.sample = some if stats.sample is None else torch.cat([stats.sample, some])
     if "hessian" in needs:
+        groups = weights.unsqueeze(1) if weights is not None and weights.ndim == 1 else weights
         if stats.hessian is None:
-            stats.hessian = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-        add_outer_products(stats.hessian, x if weights is None else (x * weights.sqrt().unsqueeze(1)).to(x.dtype))
+            shape = (x.shape[1], x.shape[1]) if weights is None or weights.ndim == 1 else (weights.shape[1], x.shape[1], x.shape[1])
+            stats.hessian = torch.zeros(shape, dtype=torch.float32, device=x.device)
+        if groups is None:
+            add_outer_products(stats.hessian, x)
+        else:
+            for H, own in zip(stats.hessian.view(-1, *stats.hessian.shape[-2:]), groups.T, strict=True):
+                add_outer_products(H, (x * own.sqrt().unsqueeze(1)).to(x.dtype))
 
 
 def add_outer_products(H: Tensor, x: Tensor) -> None:

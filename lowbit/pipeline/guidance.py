@@ -31,8 +31,8 @@ from .streaming import Batch, Streamer
 KEPT_BYTES = 4 << 30  # hidden states on disk up to which every block's input is kept
 
 
-def sweep(streamer: Streamer, linears: list[list[Linear]], job: Job, *, seed: int, progress: Progress) -> None:
-    """Store for every block and module the squared norm of the loss's gradient at its output, float32 [tokens], in the job's folder.
+def sweep(streamer: Streamer, linears: list[list[Linear]], plans: dict[str, LayerPlan], job: Job, *, seed: int, progress: Progress) -> None:
+    """Store for every block and module the squared norm of the loss's gradient at its output, float32 [tokens, groups of outputs], in the job's folder.
 
     streamer: records its calls anew. linears: of every block. Does nothing when an earlier run came to its end; one that did not is repeated.
     """
@@ -47,22 +47,39 @@ def sweep(streamer: Streamer, linears: list[list[Linear]], job: Job, *, seed: in
         for first in range((depth - 1) // step * step, -1, -step):
             inputs = kept.segment(first, min(first + step, depth), advance)
             for index in range(min(first + step, depth) - 1, first - 1, -1):
-                job.save_tensors(_part(index), _backward(streamer, index, linears[index], inputs[index], gradients))
+                job.save_tensors(_part(index), _backward(streamer, index, _groups_of(linears[index], plans), inputs[index], gradients))
                 release_memory()
                 advance()
         kept.remove()
 
 
-def weigh(groups: list[InputGroup], plans: dict[str, LayerPlan], job: Job, index: int, batches: list[Batch]) -> None:
-    """Give the input groups of a block the weights of their tokens: matrices that share an input share the sum of their squared gradients."""
+def _groups_of(linears: list[Linear], plans: dict[str, LayerPlan]) -> dict[str, int]:
+    """The modules of a block, and into how many groups the outputs of each are divided (experts: one)."""
+    groups: dict[str, int] = {}
+    for linear in linears:
+        options: Any = plans[linear.name].options if linear.name in plans else None
+        groups[linear.module] = getattr(options, "guide_groups", 1) if linear.expert is None else 1
+    return groups
+
+
+def weigh(groups: list[InputGroup], plans: dict[str, LayerPlan], job: Job, index: int, batches: list[Batch]) -> list[InputGroup]:
+    """Give the input groups of a block the weights of their tokens: matrices that share an input share the sum of their squared gradients.
+
+    Where groups of outputs weigh them differently, each matrix becomes an input group of its own.
+    """
     stored = job.tensors(_part(index))
     masks = [batch.mask.flatten() for batch in batches if batch.mask is not None]
     mask = torch.cat(masks) if masks else None
+    split = lambda group: any(getattr(plans[linear.name].options, "guide_groups", 1) > 1 and linear.expert is None for linear in group.linears)
+    groups = [each for group in groups for each in ([InputGroup([linear]) for linear in group.linears] if split(group) else [group])]
     for group in groups:
         options: Any = next((plans[linear.name].options for linear in group.linears if getattr(plans[linear.name].options, "guided", False)), None)
         found = [stored[module] for module in dict.fromkeys(linear.module for linear in group.linears) if module in stored]
         if options is not None and found:
-            group.weights = token_weights(torch.stack(found).sum(0), power=options.guide_power, cap=options.guide_cap, mask=mask)
+            squared = found[0] if len(found) == 1 else torch.stack([each.sum(1, keepdim=True) for each in found]).sum(0)
+            weights = [token_weights(each, power=options.guide_power, cap=options.guide_cap, mask=mask) for each in squared.T]
+            group.weights = weights[0] if len(weights) == 1 else torch.stack(weights, dim=1)
+    return groups
 
 
 def token_weights(squared: Tensor, *, power: float, cap: float, mask: Tensor | None = None) -> Tensor:
@@ -167,15 +184,15 @@ def _gradient(streamer: Streamer, batch: Batch, row: int, hidden: Tensor, genera
     return hidden.grad[0]
 
 
-def _backward(streamer: Streamer, index: int, linears: list[Linear], inputs: HiddenStates, gradients: HiddenStates) -> dict[str, Tensor]:
-    """Squared gradient norms at the outputs of a block's modules; gradients at its output become those at its input."""
+def _backward(streamer: Streamer, index: int, modules: dict[str, int], inputs: HiddenStates, gradients: HiddenStates) -> dict[str, Tensor]:
+    """Squared gradient norms at the outputs of a block's modules, each in so many groups; gradients at its output become those at its input."""
     block = streamer.load_block(index)
-    found: dict[str, list[Tensor]] = {linear.module: [] for linear in linears}
+    found: dict[str, list[Tensor]] = {module: [] for module in modules}
 
     def watch(name: str):
         def see(_module, _args, output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(lambda gradient: found[name].append(gradient.detach().float().square().sum(-1).flatten().cpu()))
+                output.register_hook(lambda gradient: found[name].append(_squared_norms(gradient.detach().float(), modules[name])))
 
         return see
 
@@ -190,3 +207,9 @@ def _backward(streamer: Streamer, index: int, linears: list[Linear], inputs: Hid
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items() if parts}
+
+
+def _squared_norms(gradient: Tensor, groups: int) -> Tensor:
+    """Of each of so many groups of the outputs, [tokens, groups]; gradient [..., out_features]."""
+    parts = gradient.square().flatten(0, -2).tensor_split(groups, dim=1)
+    return torch.stack([part.sum(1) for part in parts], dim=1).cpu()

@@ -49,18 +49,19 @@ def quantize_group(block: nn.Module, group: InputGroup, plans: dict[str, LayerPl
 
 def settle(stats: LayerStats) -> None:
     """Statistics as algorithms take them: on the CPU, wherever the block ran, and with both halves of the Hessian."""
-    for name in ("sum_abs", "sum_sq", "absmax", "hessian", "cross"):
+    for name in ("sum_abs", "sum_sq", "absmax", "hessian", "cross", "sample"):
         value = getattr(stats, name)
         if value is not None:
             setattr(stats, name, value.cpu())
     if stats.hessian is not None:
-        symmetrize(stats.hessian)
+        for H in stats.hessian if stats.hessian.ndim == 3 else [stats.hessian]:
+            symmetrize(H)
 
 
 def _choose_codes(W: Tensor, plan: LayerPlan, stats: LayerStats, notes: list[str], name: str) -> QuantizedTensor:
     entry = algorithm(plan.algorithm)
     needs = entry.needs(plan.options)
-    if stats.hessian is not None and not bool(torch.isfinite(stats.hessian.diagonal()).all()):
+    if stats.hessian is not None and not bool(torch.isfinite(stats.hessian.diagonal(dim1=-2, dim2=-1)).all()):
         raise ModelError(f"{name}: the activations that reach it are infinite or NaN. Compute in a wider dtype (--dtype float32), or check the model.")
     if "hessian" in needs and stats.hessian is None:
         notes.append("no token of the calibration text reached it: plain rounding was used")
@@ -83,8 +84,8 @@ def _without_channels(stats: LayerStats, index: Tensor) -> LayerStats:
         product = getattr(stats, name)
         if product is not None:
             product = product.clone()
-            product[index.long()] = 0
-            product[:, index.long()] = 0
+            product[..., index.long(), :] = 0
+            product[..., index.long()] = 0
             setattr(rest, name, product)
     return rest
 

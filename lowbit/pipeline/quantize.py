@@ -22,6 +22,7 @@ from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint
 from ..errors import RecipeError
 from ..progress import SILENT, Progress
 from ..recipe import Recipe
+from ..transforms import of_blocks
 from . import recipes, resources
 from .blocks import part, rewritten, run
 from .calibration import Windows, calibration_windows
@@ -178,7 +179,7 @@ def _assemble(setup: Setup, windows: Windows | None, job: Job, tokenizer) -> Che
         if setup.recipe.target != "gguf":
             tensors |= {name: setup.checkpoint.lazy(name) for name in rest}
             rest = {}
-    for index in range(len(setup.skeleton.blocks) if setup.recipe.transforms else 0):
+    for index in range(len(setup.skeleton.blocks) if of_blocks(setup.recipe.transforms) else 0):
         for name, value in job.tensors(rewritten(index)).items():
             tensors[name] = _held(value.to(setup.checkpoint.lazy(name).dtype))
     provenance = _provenance(setup, windows, records)

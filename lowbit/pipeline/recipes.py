@@ -18,8 +18,8 @@ from ..models.arch import ROUTERS
 from ..numerics import codebook, floating, ternary
 from ..numerics.ggml import BLOCK_TYPES
 from ..recipe import Calibration, Recipe, Rule, from_dict
-from ..scheme import CASTS, INT, Scheme
-from ..transforms import TRANSFORMS
+from ..scheme import CASTS, INT, OBSERVERS, Activation, Scheme
+from ..transforms import TRANSFORMS, of_blocks
 from ..transforms import make_options as make_transform_options
 
 PRESETS: dict[str, tuple[str, str]] = {
@@ -33,7 +33,13 @@ PRESETS: dict[str, tuple[str, str]] = {
     "hqq-int4": ("int4-asym-g64-hqq", "HQQ, 4 bits; no data needed"),
     "hqq-int2": ("int2-asym-g64-hqq", "HQQ, 2 bits; no data needed"),
     "qlora-nf4": ("nf4-g64-dq-rtn", "NF4 with double quantization, as bitsandbytes stores a QLoRA base; no data needed"),
-    "bitnet": ("ternary-rtn", "b1.58 weights; an ordinary model does not survive this without training"),
+    "w8a8": ("int8-sym-channel-rtn-a8", "8-bit weights and activations (each token on its own scale); no data needed"),
+    "w8a8-smooth": ("int8-sym-channel-smoothquant-rtn-a8", "SmoothQuant: activation outliers moved into the weights, then 8 bits for both"),
+    "w8a8-static": ("int8-sym-channel-smoothquant-rtn-a8-static", "the same with one scale per layer for the activations, found in calibration"),
+    "w4a8": ("int4-sym-gptq-a8", "GPTQ to 4 bits, activations of 8 bits"),
+    "fp8": ("fp8-channel-rtn-afp8", "FP8 weights and activations; no data needed"),
+    "llm-int8": ("int8-sym-channel-textbook-rtn-a8-t6", "LLM.int8(): 8-bit weights and activations, columns with outliers in full precision"),
+    "bitnet": ("ternary-rtn-a8", "b1.58 weights and 8-bit activations; an ordinary model does not survive this without training"),
     "rtn-int4": ("int4-sym-rtn", "plain rounding to 4 bits; no data needed"),
     "rtn-int8": ("int8-sym-rtn", "plain rounding to 8 bits; no data needed"),
 }
@@ -42,7 +48,7 @@ RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
 GPTAQ_ALPHA = 0.25
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
-FILE_KEYS = ("scheme", "algorithm", "options", "transforms", "scale_dtype", "rules", "calibration", "true_sequential", "target")
+FILE_KEYS = ("scheme", "algorithm", "options", "transforms", "activations", "scale_dtype", "rules", "calibration", "true_sequential", "target")
 
 
 @dataclass(frozen=True)
@@ -91,13 +97,13 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
 
 def _only_dense(scheme: Scheme) -> bool:
     """Whether no other target holds the scheme: its decoded values are written then."""
-    return scheme.outliers is not None or scheme.format in (*codebook.CODES, *floating.KINDS, *ternary.KINDS) or (scheme.format == INT and (scheme.zero_dtype == "float" or scheme.block[0] > 1))
+    return scheme.act is not None or scheme.outliers is not None or scheme.format in (*codebook.CODES, *floating.KINDS, *ternary.KINDS) or (scheme.format == INT and (scheme.zero_dtype == "float" or scheme.block[0] > 1))
 
 
 def _short(text: str, *, name: str) -> Draft:
     """Words in any order joined by "-": a number format, sym|asym, gN|channel|tensor, an algorithm, a range convention, a range search."""
     found = _words(text)
-    scheme = _scheme(found)
+    scheme = _scheme(found, text)
     algorithm = found.get("algorithm", "rtn" if _word_transforms(found) else "gptq" if "guided" in found or scheme.format == INT and scheme.bits < 8 else "rtn")
     options = _word_options(found)
     check_format(algorithm, scheme)
@@ -148,6 +154,8 @@ def _word(word: str, text: str, put) -> None:
         put("nested", codebook.NESTED_BLOCK, word)
     elif match := re.fullmatch(r"out([1-9][0-9]*)", word):
         put("outliers", int(match[1]), word)
+    elif _activation_word(word, put):
+        pass
     elif word in ("sym", "asym"):
         put("symmetric", word == "sym", word)
     elif match := re.fullmatch(r"g([1-9][0-9]*)", word):
@@ -165,27 +173,61 @@ def _word(word: str, text: str, put) -> None:
     elif word == "gptaq":
         put("algorithm", "gptq", word)
         put("alpha", GPTAQ_ALPHA, word)
-    elif word == "guided":
+    elif match := re.fullmatch(r"guided([1-9][0-9]*)?", word):
         put("guided", True, word)
+        if match[1]:
+            put("guide_groups", int(match[1]), word)
     else:
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
             f"int2..int8 or {', '.join((*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *CASTS))}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
-            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; outN; gptaq; guided; {', '.join(TRANSFORMS)}."
+            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; outN; a8, a4, afp8 (activations), static, static_kl, ..., aasym, atensor, t6; gptaq; guided, guided4 (Hessians by groups of outputs); {', '.join(TRANSFORMS)}."
         )
+
+
+def _activation_word(word: str, put) -> bool:
+    """Whether a word says something of rounded activations; it is put under its field of Activation."""
+    if match := re.fullmatch(r"a([2-8])", word):
+        put("act format", (INT, int(match[1])), word)
+    elif word.startswith("a") and FORMAT_ALIASES.get(word[1:], word[1:]) in floating.KINDS:
+        name = FORMAT_ALIASES.get(word[1:], word[1:])
+        put("act format", (name, floating.KINDS[name].element.bits), word)
+    elif word == "aasym":
+        put("act symmetric", False, word)
+    elif word == "atensor":
+        put("act per", "tensor", word)
+    elif match := re.fullmatch(rf"static(?:_({'|'.join(OBSERVERS)}))?", word):
+        put("act observer", match[1] or "minmax", word)
+    elif match := re.fullmatch(r"t([0-9]+(?:\.[0-9]+)?)", word):
+        put("act threshold", float(match[1]), word)
+    else:
+        return False
+    return True
+
+
+def _word_activation(found: dict, text: str) -> Activation | None:
+    given = {key.removeprefix("act "): value for key, value in found.items() if key.startswith("act ")}
+    if not given:
+        return None
+    if "format" not in given:
+        raise RecipeError(f"recipe {text!r}: {', '.join(given)} of activations is given, and not their format; add a8 (or a4, afp8, anvfp4, ...).")
+    fmt, bits = given.pop("format")
+    static = {"static": True, "per": "tensor"} if "observer" in given else {}
+    textbook = {"range": "textbook"} if fmt == INT and (found.get("range") == "textbook" or found["format"][0] in ternary.KINDS) else {}
+    return Activation(fmt, bits, **{**textbook, **static, **given})
 
 
 def _word_options(found: dict) -> dict:
     """Options of the algorithm that words stand for."""
-    return {key: found[key] for key in ("search", "guided", "alpha") if key in found}
+    return {key: found[key] for key in ("search", "guided", "guide_groups", "alpha") if key in found}
 
 
 def _word_transforms(found: dict[str, Any]) -> dict[str, dict]:
     return {name: {} for name in TRANSFORMS if f"transform {name}" in found}
 
 
-def _scheme(found: dict[str, Any]) -> Scheme:
-    return replace(_scheme_of_all(found), outliers=found.get("outliers"))
+def _scheme(found: dict[str, Any], text: str) -> Scheme:
+    return replace(_scheme_of_all(found), outliers=found.get("outliers"), act=_word_activation(found, text))
 
 
 def _scheme_of_all(found: dict[str, Any]) -> Scheme:
@@ -215,6 +257,8 @@ def _toml(path: Path) -> Draft:
     base = _short(_text(data.get("scheme"), f"{where}: scheme"), name=path.stem)
     algorithm = _text(data.get("algorithm", base.recipe.algorithm), f"{where}: algorithm", example="gptq")
     scheme = replace(base.recipe.scheme, scale_dtype=data.get("scale_dtype", base.recipe.scheme.scale_dtype))
+    if "activations" in data:
+        scheme = replace(scheme, act=Activation.from_dict(_table(data["activations"], f"{where}: activations")))
     check_format(algorithm, scheme)
     options = {**base.recipe.options, **_table(data.get("options", {}), f"{where}: options")}
     _check_options(algorithm, options)
@@ -226,7 +270,7 @@ def _toml(path: Path) -> Draft:
     transforms = {**base.recipe.transforms, **_table(data.get("transforms", {}), f"{where}: transforms")}
     for name, given in transforms.items():
         make_transform_options(name, _table(given, f"{where}: transforms.{name}"))
-    if transforms and recipe.true_sequential:
+    if of_blocks(transforms) and recipe.true_sequential:
         raise RecipeError(f"{where}: transforms rescale a block from one pass over it, and true_sequential collects statistics in several; take one of them.")
     recipe = replace(recipe, transforms=transforms)
     entries = data.get("rules", [])
@@ -261,7 +305,9 @@ def _rule(entry: object, where: str, recipe: Recipe) -> tuple[Rule, bool]:
     found = _words(words)
     both = found["format"][0] == recipe.scheme.format == INT
     inherited = {"symmetric": recipe.scheme.symmetric, "group": recipe.scheme.block, "range": recipe.scheme.range} if both else {}
-    scheme = _scheme({**inherited, **found})
+    scheme = _scheme({**inherited, **found}, words)
+    if scheme.act is None and not any(key.startswith("act ") for key in found):
+        scheme = replace(scheme, act=recipe.scheme.act)
     formats = ALGORITHMS[recipe.algorithm].formats
     algorithm = found.get("algorithm") or (recipe.algorithm if formats is None or scheme.format in formats else "rtn")
     check_format(algorithm, scheme)
@@ -338,7 +384,8 @@ def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[s
             if rule.scheme is None:
                 continue
             algorithm = "rtn" if name in outside else rule.algorithm or recipe.algorithm
-            plans[name] = _plan(rule.scheme, algorithm, rule.options if algorithm == rule.algorithm else {}, name, shape, recipe.target)
+            scheme = replace(rule.scheme, act=None) if name in outside else rule.scheme
+            plans[name] = _plan(scheme, algorithm, rule.options if algorithm == rule.algorithm else {}, name, shape, recipe.target)
         elif name in linears and not _stays_dense(name):
             plans[name] = _plan(recipe.scheme, recipe.algorithm, recipe.options, name, shape, recipe.target)
         elif name in outside and recipe.target == "gguf":

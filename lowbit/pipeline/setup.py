@@ -18,6 +18,8 @@ from ..progress import Progress
 from ..recipe import Calibration, Recipe
 from ..scheme import CASTS
 from ..transforms import TRANSFORMS
+from ..transforms import make_options as make_transform_options
+from ..transforms.rotate import rotate
 from . import guidance, recipes, resources
 from .calibration import Windows
 from .output import dtype_name
@@ -53,6 +55,14 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         raise ModelError(f"{type(skeleton.model).__name__}: its blocks hold no linear layer that lowbit knows.")
     outside = outside_matrices(skeleton)
     recipe, notes = recipes.settle(draft, shapes, dtype_name(checkpoint, next(iter(shapes))))
+    recipe = replace(recipe, seed=recipe.seed if seed is None else seed)
+    if "rotate" in recipe.transforms:
+        own_head = not getattr(skeleton.config, "tie_word_embeddings", False)
+        checkpoint = rotate(skeleton, make_transform_options("rotate", recipe.transforms["rotate"]), seed=recipe.seed)
+        skeleton = sk.build(checkpoint)
+        outside = outside_matrices(skeleton)
+        if not own_head and len(outside) > 1:
+            notes.append("The head was tied to the embedding; rotated, it is a tensor of its own (it takes the weight of the final norm).")
     if recipe.target == "compressed-tensors" and any(linear.transposed for block in linears for linear in block):
         raise ModelError(
             f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which no program reads from compressed-tensors. Write it with --to gguf or --to safetensors."
@@ -64,7 +74,7 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         notes.append(f"{type(skeleton.model).__name__} does not use {len(skeleton.unused)} tensors of the checkpoint, which are left out: {some}.")
     for note in notes:
         progress.note(note)
-    recipe = replace(recipe, seed=recipe.seed if seed is None else seed, calibration=_override(recipe.calibration, skeleton, calibration, n_samples, seq_len))
+    recipe = replace(recipe, calibration=_override(recipe.calibration, skeleton, calibration, n_samples, seq_len))
     if recipe.target == "gguf":
         from ..checkpoints.gguf import supported
 
@@ -77,6 +87,8 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
     needs = {need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}
     needs |= {need for name in recipe.transforms for need in TRANSFORMS[name].needs}
+    if any(plan.scheme.act is not None and plan.scheme.act.static for plan in plans.values()):
+        needs.add("observe")  # which nothing collects, but the text is needed
     if "cross" in needs and recipe.true_sequential:
         raise RecipeError("gptq's alpha compares a block with the original one, and true_sequential changes it in between; take one of them.")
     chosen = resources.choose_device(device)

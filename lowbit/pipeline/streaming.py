@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ModelError
 from ..models import skeleton as sk
 from ..models.kv_cache import BlockCache, KVScheme
+from ..models.linears import find_linears
+from ..models.rounding import attach
 from ..models.skeleton import Skeleton
 from .hidden import HiddenStates
 
@@ -131,8 +133,11 @@ class Streamer:
             self.calls.append(_share(calls, self.calls[0] if self.calls else calls))
 
     def load_block(self, index: int) -> nn.Module:
-        """Block index, filled from the checkpoint."""
-        return sk.load_module(self.skeleton, self.skeleton.block_name(index), self.dtype, self.device)
+        """Block index, filled from the checkpoint; where that rounds activations, its layers do."""
+        block = sk.load_module(self.skeleton, self.skeleton.block_name(index), self.dtype, self.device)
+        if self.skeleton.checkpoint.activations:
+            attach(block, find_linears(self.skeleton, index), self.skeleton.checkpoint.activations)
+        return block
 
     @torch.no_grad()
     def run_block(self, block: nn.Module, index: int, number: int, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..models.linears import Linear, get_weight, set_weight
 from ..stats import LayerStats
-from ..transforms import TRANSFORMS, folds, make_options
+from ..transforms import TRANSFORMS, folds, make_options, of_blocks
 from ..transforms.awq import UNCLIPPED, AwqOptions, Reader, clipped
 from ..transforms.folds import Fold
 from .collect import InputGroup
@@ -33,8 +33,8 @@ def transform_block(
     done: dict[str, dict] = {}
     for group in groups:
         settle(group.stats)
-    for name, given in steps.items():
-        options = make_options(name, given)
+    for name in of_blocks(steps):
+        options = make_options(name, steps[name])
         for fold in folds.find_folds(block):
             for expert in _experts(block, fold):
                 scale = _scale(block, fold, expert, groups, plans, name, options)
@@ -65,6 +65,7 @@ def _reads(fold: Fold, linear: Linear, expert: int | None) -> bool:
 
 def _scale(block: nn.Module, fold: Fold, expert: int | None, groups: list[InputGroup], plans: dict[str, LayerPlan], name: str, options) -> Tensor | None:
     entry = TRANSFORMS[name]
+    assert entry.scale is not None
     if entry.norms_only and isinstance(block.get_submodule(fold.producer.partition(":")[0]), nn.Linear):
         return None
     readers = [
@@ -79,7 +80,7 @@ def _scale(block: nn.Module, fold: Fold, expert: int | None, groups: list[InputG
 def _rescale(stats: LayerStats, scale: Tensor) -> None:
     """The statistics of x / scale."""
     inverse = 1 / scale
-    for name, factor in (("sum_abs", inverse), ("absmax", inverse), ("sum_sq", inverse.square())):
+    for name, factor in (("sum_abs", inverse), ("absmax", inverse), ("sample", inverse), ("sum_sq", inverse.square())):
         value = getattr(stats, name)
         if value is not None:
             setattr(stats, name, value * factor)

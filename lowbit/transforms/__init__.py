@@ -5,7 +5,7 @@ Adding one is a file and an entry in TRANSFORMS. folds.py knows where a scale ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from ..errors import RecipeError
 from ..recipe import from_dict
 from .awq import AwqOptions, awq_scale
+from .rotate import RotateOptions
 from .smoothquant import SmoothQuantOptions, smooth_scale
 
 
 @dataclass(frozen=True)
 class Transform:
-    """scale: see the module. options: its dataclass. needs: statistics. norms_only: whether only norms take the scale (not linear layers).
-    cost: what it takes, in words."""
+    """scale: see the module; None: of the whole model, applied as its weights are read (rotate.py). options: its dataclass. needs: statistics.
+    norms_only: whether only norms take the scale (not linear layers). cost: what it takes, in words."""
 
-    scale: Callable[..., Tensor | None]
+    scale: Callable[..., Tensor | None] | None
     options: type
     needs: tuple[str, ...]
     norms_only: bool
@@ -42,12 +43,18 @@ TRANSFORMS: dict[str, Transform] = {
     "smoothquant": Transform(
         smooth_scale,
         SmoothQuantOptions,
-        ("absmax",),
+        ("absmax", "sample"),
         True,
         "activation outliers moved into the weights, for quantized activations",
         "a pass over the calibration text",
     ),
+    "rotate": Transform(None, RotateOptions, (), False, "the residual stream and the values in a randomized Hadamard basis, so that no channel stands out (QuaRot)", "seconds"),
 }
+
+
+def of_blocks(names: Iterable[str]) -> list[str]:
+    """Those that rescale each block when its statistics are known; the others change the model as it is read."""
+    return [name for name in names if TRANSFORMS[name].scale is not None]
 
 
 def make_options(name: str, options: dict) -> Any:

@@ -106,6 +106,7 @@ def clipped(W: Tensor, scheme: Scheme, H: Tensor, options: AwqOptions) -> Tensor
     if scheme.format != INT or scheme.block[0] != 1 or (scheme.group_size > 0 and W.shape[1] % scheme.group_size):
         return W
     groups, _ = integer.to_groups(W, scheme)
+    H = H if H.ndim == 2 else H.mean(0)
     size = groups.shape[-1]
     blocks = torch.stack([H[i : i + size, i : i + size] for i in range(0, W.shape[1], size)])  # [groups, group, group]
     largest = groups.abs().amax(-1, keepdim=True)

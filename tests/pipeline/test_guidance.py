@@ -8,7 +8,7 @@ import torch
 from lowbit.checkpoints import open_checkpoint
 from lowbit.models import skeleton as sk
 from lowbit.models.linears import find_linears
-from lowbit.pipeline import guidance
+from lowbit.pipeline import guidance, recipes
 from lowbit.pipeline.collect import Current, InputGroup
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.quantize import quantize
@@ -16,12 +16,14 @@ from lowbit.pipeline.streaming import Batch, Streamer
 from lowbit.progress import SILENT
 
 
-def sweep(folder, batches, tmp_path, *, dtype=torch.float32):
+def sweep(folder, batches, tmp_path, *, dtype=torch.float32, recipe="int4-sym-g32-gptq-guided"):
     """Stored squared gradient norms by block and module."""
     streamer = Streamer(sk.build(open_checkpoint(folder)), batches, dtype=dtype)
     linears = [find_linears(streamer.skeleton, index) for index in range(streamer.depth)]
     job = Job(tmp_path / "out", {}, resume=False, overwrite=True)
-    guidance.sweep(streamer, linears, job, seed=0, progress=SILENT)
+    shapes = {linear.name: linear.shape for block in linears for linear in block}
+    plans = recipes.resolve(recipes.settle(recipes.parse(recipe, target_name="safetensors"), shapes, "float32")[0], shapes, {})
+    guidance.sweep(streamer, linears, plans, job, seed=0, progress=SILENT)
     return [job.tensors(f"loss-{index:05d}") for index in range(streamer.depth)], job
 
 
@@ -72,8 +74,8 @@ def test_the_sweep_equals_autograd(kind, kept_bytes, model_folder, load_plain, t
     for name, value in expected.items():
         index, _, module = name.removeprefix(blocks_name + ".").partition(".")
         ours = stored[int(index)][module]
-        assert ours.shape == (120,)
-        assert torch.allclose(ours, value, rtol=2e-3, atol=1e-7 * float(value.max())), name
+        assert ours.shape == (120, 1)
+        assert torch.allclose(ours[:, 0], value, rtol=2e-3, atol=1e-7 * float(value.max())), name
     assert not list(job.folder.glob("loss-hidden*"))
 
 
@@ -142,3 +144,30 @@ def test_guided_quantization_resumes_and_is_recorded(model_folder, text_file, tm
 def test_disk_that_the_sweep_takes(monkeypatch):
     monkeypatch.setattr(guidance, "KEPT_BYTES", 1000)
     assert guidance.kept_bytes(100, 10) == 1000 and guidance.kept_bytes(101, 10) == 101 * 8
+
+
+def test_groups_of_outputs_have_hessians_of_their_own(model_folder, text_file, tmp_path):
+    """Norms of all groups add up to the whole; each group's rows are those of GPTQ alone with that group's Hessian."""
+    from lowbit import numerics
+    from lowbit.algorithms import make_options
+    from lowbit.algorithms.gptq import gptq
+    from lowbit.scheme import Scheme
+    from lowbit.stats import LayerStats
+
+    batches = [Batch(torch.randint(3, 280, (3, 24), generator=torch.Generator().manual_seed(3)))]
+    whole, _ = sweep(model_folder("llama"), batches, tmp_path / "one")
+    parts, _ = sweep(model_folder("llama"), batches, tmp_path / "four", recipe="int4-sym-g32-gptq-guided4")
+    for one, four in zip(whole, parts, strict=True):
+        for module, value in one.items():
+            assert four[module].shape == (72, 4)
+            torch.testing.assert_close(four[module].sum(1, keepdim=True), value)
+    generator = torch.Generator().manual_seed(0)
+    X, W = torch.randn(3, 200, 64, generator=generator), torch.randn(10, 64, generator=generator)
+    H, options = X.transpose(1, 2) @ X, make_options("gptq", {"guided": True, "guide_groups": 3})
+    made = numerics.dequantize(gptq(W, Scheme(bits=3, block=(1, 32)), LayerStats(200, hessian=H), options, []))
+    alone = [numerics.dequantize(gptq(rows, Scheme(bits=3, block=(1, 32)), LayerStats(200, hessian=own), options, [])) for rows, own in zip(W.tensor_split(3), H, strict=True)]
+    assert torch.equal(made, torch.cat(alone))
+    result = quantize(model_folder("llama"), "int4-sym-g32-gptq-guided4", tmp_path / "out", calibration=text_file, n_samples=4, seq_len=32, dtype="float32")
+    plain = quantize(model_folder("llama"), "int4-sym-g32-gptq-guided", tmp_path / "plain", calibration=text_file, n_samples=4, seq_len=32, dtype="float32")
+    assert all(layer["output_error"] < layer["rtn_output_error"] for layer in result.layers.values())
+    assert any(result.layers[name]["output_error"] != plain.layers[name]["output_error"] for name in plain.layers)
