@@ -180,9 +180,9 @@ class Clock:
 
 
 def decoder_layer(tensors: dict[str, Tensor], n_tokens: int, head_dim: int = 64, rope_theta: float = 100000.0, rms_norm_eps: float = 1e-5) -> nn.Module:
-    """A LlamaDecoderLayer of the weights. Norms that are not given: w_j^2 is the j-th diagonal element of the Hessian after the norm over that of its normed inputs.
+    """A LlamaDecoderLayer of the weights. A norm's weights w that are not given are found from H_ij = w_i w_j S_ij, where S is of the normed inputs without w.
 
-    That is exact where `hidden` holds all tokens of the Hessian and the norm's weights are positive, and an estimate otherwise.
+    That is exact, but for the sign of all of w, where `hidden` holds all tokens of the Hessian; otherwise it is an estimate, and the gap is told.
     """
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -201,7 +201,14 @@ def decoder_layer(tensors: dict[str, Tensor], n_tokens: int, head_dim: int = 64,
         weight, given = layer.get_submodule(norm).weight, tensors.get(f"{norm}.weight")
         if given is None:
             normed = layer.get_submodule(norm)(inputs()).reshape(-1, width).double()  # the weight is still 1
-            given = (tensors[f"{after}.hessian"].diagonal().double() / n_tokens / normed.square().mean(0)).sqrt()
+            H, S = tensors[f"{after}.hessian"].double() / n_tokens, normed.T @ normed / len(normed)
+            given = (H.diagonal() / S.diagonal()).sqrt()
+            scale = (H.diagonal() * S.diagonal()).sqrt()
+            signs = torch.linalg.eigh(H * S / torch.outer(scale, scale)).eigenvectors[:, -1].sign()  # of a positive matrix but for the signs of w
+            given = given * signs * signs.sum().sign()
+            gap = float((torch.outer(given, given) * S - H).norm() / H.norm())
+            if gap > 1e-3:
+                print(f"{norm}: found from the Hessian with a gap of {gap:.1e}, for hidden does not hold its tokens; give {norm}.weight", file=sys.stderr)
         weight.copy_(given)
 
     fill("input_layernorm", "q_proj", lambda: hidden)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RecipeError
-from ..numerics import grids
+from ..numerics import additive, grids, lattice
 from ..recipe import from_dict
 from ..scheme import INT, Scheme
+from .aqlm import AqlmOptions, aqlm
 from .autoround import AutoRoundOptions, autoround
 from .gptq import GptqOptions, gptq
 from .hqq import HqqOptions, hqq
+from .ldlq import LdlqOptions, ldlq
 from .rtn import RtnOptions, rtn
 
 
@@ -59,6 +61,24 @@ ALGORITHMS: dict[str, Algorithm] = {
         "rounding and ranges of a block learned by sign descent on its output; needs calibration text",
         "hundreds of passes over a part of the text: hours where GPTQ takes minutes",
         "block",
+    ),
+    "ldlq": Algorithm(
+        ldlq,
+        LdlqOptions,
+        lambda o: ("hessian", *(("loss",) if o.guided else ())),
+        tuple(lattice.KINDS),
+        False,
+        "error feedback onto lattice points, eight weights at a time (QuIP#); needs calibration text",
+        "a few times GPTQ's",
+    ),
+    "aqlm": Algorithm(
+        aqlm,
+        AqlmOptions,
+        lambda o: ("hessian", *(("loss",) if o.guided else ())),
+        tuple(additive.KINDS),
+        False,
+        "additive codebooks: vectors of 8 weights as sums of codebook entries, codes and codebooks fitted in turn; needs calibration text",
+        "many times GPTQ's",
     ),
 }
 

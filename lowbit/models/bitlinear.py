@@ -35,7 +35,7 @@ class BitLinear(nn.Module):
         self.out_features, self.in_features = qt.shape
         self.values = ternary.KINDS[qt.scheme.format].values
         codes = torch.nn.functional.pad(qt.parts["codes"], (0, -qt.shape[1] % 4)).view(qt.shape[0], -1, 4)
-        self.register_buffer("packed", sum(codes[..., i] << shift for i, shift in enumerate(SHIFTS)))
+        self.register_buffer("packed", torch.stack([codes[..., i] << shift for i, shift in enumerate(SHIFTS)]).sum(0).to(torch.uint8))
         self.register_buffer("scale", qt.parts["scale"].float().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ def attach(block: nn.Module, linears: list[Linear], roundings: Mapping[str, Roun
         if linear.expert is not None and linear.name in roundings:
             experts.setdefault(linear.module, {})[linear.parameter, linear.expert] = roundings[linear.name]
     for module, table in experts.items():
-        block.get_submodule(module).rounded = lambda parameter, expert, x, table=table: activations.fake_quantize(x, table[parameter, expert]) if (parameter, expert) in table else x
+        owner: Any = block.get_submodule(module)
+        owner.rounded = lambda parameter, expert, x, table=table: activations.fake_quantize(x, table[parameter, expert]) if (parameter, expert) in table else x
 
 
 class _Memory:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FormatError, RecipeError, ShapeError
 from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import cast, codebook, floating, ggml, integer, outliers, ternary
+from . import additive, cast, codebook, floating, ggml, integer, lattice, outliers, ternary
 
 __all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values", "scheme_of"]
 
@@ -72,6 +72,14 @@ FORMATS: dict[str, Format] = {
         name: Format(ternary.quantize, ternary.dequantize, ternary.bits, rowwise=ternary.rowwise, description=f"{', '.join(f'{v:g}' for v in kind.values)} times a mean magnitude (BitNet)")
         for name, kind in ternary.KINDS.items()
     },
+    **{
+        name: Format(additive.quantize, additive.dequantize, additive.bits, additive.GROUP, lambda scheme, columns: False, additive.describe(name))
+        for name in additive.KINDS
+    },
+    **{
+        name: Format(lattice.quantize, lattice.dequantize, lattice.bits, lattice.GROUP, lambda scheme, columns: False, lattice.describe(name))
+        for name in lattice.KINDS
+    },
 }
 
 
@@ -88,6 +96,10 @@ def scheme_of(name: str, *, bits: int = 4, **given: object) -> Scheme:
         return ggml.scheme(name)
     if name in ternary.KINDS:
         return Scheme(name, ternary.KINDS[name].bits, **{"block": (-1, -1), **given})  # type: ignore[arg-type]
+    if name in lattice.KINDS:
+        return Scheme(name, lattice.KINDS[name].bits, (-1, -1))
+    if name in additive.KINDS:
+        return Scheme(name, additive.KINDS[name][1], (-1, -1))
     return Scheme(name, 32 if name == "float32" else 16)
 
 

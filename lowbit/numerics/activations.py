@@ -9,7 +9,7 @@ Dynamic: each token's (or tensor's) own extremes. Static: one scale for all toke
     kl          the threshold of |x| whose 128 levels have the least KL divergence from the clipped histogram (Migacz, "8-bit Inference with TensorRT",
                 GTC 2017; onnxruntime's and TensorRT's "entropy")
 
-LLM.int8() (Dettmers et al., arXiv:2208.07339, section 3): columns with an outlier are taken out before the scales are found, and multiply in full precision.
+LLM.int8() (Dettmers et al., arXiv:2208.07339, section 3): outliers are taken out before the scales are found, and the columns that hold one multiply in full precision.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from . import floating, integer
 
 AVERAGING = 0.01
 SHRINKS = 100  # candidate ranges of the mse observer, per end
+KL_STEP = 8  # bins between candidate thresholds of the kl observer
 LEVELS = 128  # of |x| in the kl observer
 NEEDS = {"minmax": "range", "average": "average", "percentile": "histogram", "mse": "histogram", "kl": "histogram"}
 
@@ -39,9 +40,9 @@ def _rounded(x: Tensor, act: Activation, fixed: tuple[float, float] | None) -> T
     if not len(flat):
         return x
     outlying = None
-    if act.threshold is not None:
-        outlying = (flat.abs() >= act.threshold).any(0)
-        flat = flat.masked_fill(outlying, 0.0)
+    if act.threshold is not None:  # as bitsandbytes: judged in float16, and what is large in a column does not count for the scales of its tokens
+        large = flat.half().abs() >= act.threshold
+        flat, outlying = flat.masked_fill(large, 0.0), large.any(0)
     made = (_integers if act.format == INT else _floats)(flat, act, fixed).view(x.shape).to(x.dtype)
     return made if outlying is None else torch.where(outlying, x, made)
 
@@ -148,11 +149,10 @@ def least_squares(histogram: Histogram, act: Activation) -> tuple[Tensor, Tensor
 
 def kl_threshold(histogram: Histogram) -> Tensor:
     """The threshold of |x| with the least KL(P || Q), P the histogram with all beyond the threshold in its last bin, Q the one below it on LEVELS levels."""
-    histogram = histogram.widened(histogram.exponent + 2)  # 512 bins are enough, and each is a candidate
     counts = folded(histogram)
     counts = counts[: int(counts.nonzero().max()) + 1] if bool(counts.any()) else counts[:1]
     best, least = len(counts), float("inf")
-    for bins in range(LEVELS, len(counts) + 1):
+    for bins in range(LEVELS, len(counts) + 1, KL_STEP):
         p = counts[:bins].clone()
         p[-1] += counts[bins:].sum()
         found = _divergence(p, counts[:bins])

@@ -5,7 +5,7 @@ for q = 1 mod 4, from the quadratic character of the field of q elements. Willia
 Duke Math. J. 11 (1944): order 4t from four symmetric circulant matrices with A^2 + B^2 + C^2 + D^2 = 4t I.
 
 The transform of n = m 2^k numbers is U = (B (x) H) / sqrt(n), B of order m, H Sylvester's of order 2^k: H H^T = n I makes it orthogonal, and every entry has the
-same magnitude, which is what spreads outliers (QuIP#, arXiv:2402.04396, section 3). Where no B is known (n odd, or 4 times 39, ...) the cosine
+same magnitude, which is what spreads outliers (QuIP#, arXiv:2402.04396, section 3). Where no B is known (n odd, or 4 times 47, ...) the cosine
 transform of the odd part takes its place: orthogonal too, its entries at most sqrt(2) times as large.
 """
 
@@ -25,6 +25,7 @@ LARGEST_FACTOR = 64  # of Sylvester's matrix, which is applied as several factor
 WILLIAMSON: dict[int, tuple[tuple[int, ...], tuple[int, int, int, int]]] = {
     23: ((), (43, 339, 412, 1819)),
     29: ((), (459, 1765, 7204, 9461)),
+    39: ((), (421804, 358840, 448332, 147111)),
     43: ((6,), (7, 46, 52, 98)),
 }
 

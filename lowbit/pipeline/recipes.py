@@ -15,7 +15,7 @@ from ..checkpoints import TARGETS, target
 from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
 from ..models.arch import ROUTERS
-from ..numerics import codebook, floating, ternary
+from ..numerics import additive, codebook, floating, lattice, ternary
 from ..numerics.ggml import BLOCK_TYPES
 from ..recipe import Calibration, Recipe, Rule, from_dict
 from ..scheme import CASTS, INT, OBSERVERS, Activation, Scheme
@@ -39,6 +39,19 @@ PRESETS: dict[str, tuple[str, str]] = {
     "w4a8": ("int4-sym-gptq-a8", "GPTQ to 4 bits, activations of 8 bits"),
     "fp8": ("fp8-channel-rtn-afp8", "FP8 weights and activations; no data needed"),
     "llm-int8": ("int8-sym-channel-textbook-rtn-a8-t6", "LLM.int8(): 8-bit weights and activations, columns with outliers in full precision"),
+    "gptaq-int4": ("int4-sym-gptaq", "GPTQ that counts the error of its inputs, too"),
+    "autoround-int4": ("int4-sym-g128-autoround", "AutoRound with its published settings: 200 steps for each block; hours on a CPU"),
+    "guided-int3": ("int3-asym-g64-gptq-guided", "guided GPTQ, 3 bits"),
+    "guided-int2": ("int2-asym-g64-gptq-guided", "guided GPTQ, 2 bits"),
+    "nf4-dq": ("nf4-g64-dq-rtn", "NF4 with double quantization; no data needed"),
+    "mxfp4": ("mxfp4-gptq", "MXFP4, codes by GPTQ"),
+    "nvfp4": ("nvfp4-gptq", "NVFP4, codes by GPTQ"),
+    "quip-2": ("e8p2-ldlq", "QuIP#: randomized Hadamard transform, lattice points, 2 bits"),
+    "quip-3": ("e8p3-ldlq", "QuIP# with a residual stage, 3 bits"),
+    "quip-4": ("e8p4-ldlq", "QuIP# with a residual stage, 4 bits"),
+    "aqlm-2x8": ("2x8-aqlm", "AQLM: sums of vectors from two codebooks of 256, 2 bits and the codebooks"),
+    "aqlm-1x16": ("1x16-aqlm", "AQLM with one codebook of 65,536: for large matrices, and for patience"),
+    "quarot-int4": ("int4-sym-rotate-gptq", "QuaRot's rotations that weights can hold, then GPTQ to 4 bits"),
     "bitnet": ("ternary-rtn-a8", "b1.58 weights and 8-bit activations; an ordinary model does not survive this without training"),
     "rtn-int4": ("int4-sym-rtn", "plain rounding to 4 bits; no data needed"),
     "rtn-int8": ("int8-sym-rtn", "plain rounding to 8 bits; no data needed"),
@@ -46,6 +59,7 @@ PRESETS: dict[str, tuple[str, str]] = {
 FORMAT_ALIASES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "fp8": "fp8_e4m3", "mxfp8": "mxfp8_e4m3", "mxfp6": "mxfp6_e2m3"}
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
 GPTAQ_ALPHA = 0.25
+GUIDED = ("gptq", "ldlq", "aqlm")
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
 FILE_KEYS = ("scheme", "algorithm", "options", "transforms", "activations", "scale_dtype", "rules", "calibration", "true_sequential", "target")
@@ -97,14 +111,17 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
 
 def _only_dense(scheme: Scheme) -> bool:
     """Whether no other target holds the scheme: its decoded values are written then."""
-    return scheme.act is not None or scheme.outliers is not None or scheme.format in (*codebook.CODES, *floating.KINDS, *ternary.KINDS) or (scheme.format == INT and (scheme.zero_dtype == "float" or scheme.block[0] > 1))
+    own = (*codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *additive.KINDS)
+    other_integers = scheme.format == INT and (scheme.zero_dtype == "float" or scheme.block[0] > 1)
+    return scheme.act is not None or scheme.outliers is not None or scheme.format in own or other_integers
 
 
 def _short(text: str, *, name: str) -> Draft:
     """Words in any order joined by "-": a number format, sym|asym, gN|channel|tensor, an algorithm, a range convention, a range search."""
     found = _words(text)
     scheme = _scheme(found, text)
-    algorithm = found.get("algorithm", "rtn" if _word_transforms(found) else "gptq" if "guided" in found or scheme.format == INT and scheme.bits < 8 else "rtn")
+    own = {**dict.fromkeys(lattice.KINDS, "ldlq"), **dict.fromkeys(additive.KINDS, "aqlm")}.get(scheme.format)
+    algorithm = found.get("algorithm") or own or ("rtn" if of_blocks(_word_transforms(found)) else "gptq" if "guided" in found or scheme.format == INT and scheme.bits < 8 else "rtn")
     options = _word_options(found)
     check_format(algorithm, scheme)
     _check_options(algorithm, options)
@@ -123,8 +140,8 @@ def _words(text: str) -> dict[str, Any]:
 
     for word in text.lower().split("-"):
         _word(word, text, put)
-    if "guided" in found and found.get("algorithm", "gptq") != "gptq":
-        raise RecipeError(f"recipe {text!r}: guided belongs to gptq (Hessians weighted by the gradient of the loss).")
+    if "guided" in found and found.get("algorithm", "gptq") not in GUIDED:
+        raise RecipeError(f"recipe {text!r}: guided belongs to {', '.join(GUIDED)} (Hessians weighted by the gradient of the loss).")
     if "format" not in found:
         raise RecipeError(f"recipe {text!r} names no number format; expected a word like int4, q4_k, q8_0, float16.")
     fmt, _ = found["format"]
@@ -147,6 +164,10 @@ def _word(word: str, text: str, put) -> None:
     if match := re.fullmatch(r"int([2-8])", word):
         put("format", (INT, int(match[1])), word)
     elif word in BLOCK_TYPES or word in CASTS or word in codebook.CODES or word in floating.KINDS or word in ternary.KINDS:
+        put("format", (word, 0), word)
+    elif f"aqlm_{word}" in additive.KINDS:
+        put("format", (f"aqlm_{word}", 0), word)
+    elif word in lattice.KINDS or word in additive.KINDS:
         put("format", (word, 0), word)
     elif word in FORMAT_ALIASES:
         put("format", (FORMAT_ALIASES[word], 0), word)
@@ -178,10 +199,11 @@ def _word(word: str, text: str, put) -> None:
         if match[1]:
             put("guide_groups", int(match[1]), word)
     else:
+        formats = (*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *(name.removeprefix("aqlm_") for name in additive.KINDS), *CASTS)
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
-            f"int2..int8 or {', '.join((*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *CASTS))}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; "
-            f"{', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; outN; a8, a4, afp8 (activations), static, static_kl, ..., aasym, atensor, t6; gptaq; guided, guided4 (Hessians by groups of outputs); {', '.join(TRANSFORMS)}."
+            f"int2..int8 or {', '.join(formats)}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; {', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; "
+            f"outN; a8, a4, afp8, ... (activations), static, static_kl, ..., aasym, atensor, t6; gptaq; guided, guided4 (Hessians by groups of outputs); {', '.join(TRANSFORMS)}."
         )
 
 

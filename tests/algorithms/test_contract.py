@@ -8,8 +8,8 @@ import torch
 from lowbit import numerics
 from lowbit.algorithms import ALGORITHMS, algorithm, make_options
 from lowbit.algorithms.autoround import Task
-from lowbit.errors import LowbitError
-from lowbit.scheme import Scheme
+from lowbit.errors import LowbitError, ShapeError
+from lowbit.scheme import INT, Scheme
 from lowbit.stats import LayerStats
 
 SCHEMES = [Scheme(bits=4, block=(1, 32)), Scheme(bits=2, block=(1, -1), symmetric=False), Scheme(bits=8, block=(1, 128))]
@@ -17,7 +17,11 @@ COLUMNS = 64
 
 
 def scheme_for(name, scheme):
-    """A scheme that the algorithm makes: HQQ fits zero-points."""
+    """A scheme that the algorithm makes: HQQ fits zero-points; lattices and codebooks have formats of their own."""
+    if name == "ldlq":
+        return numerics.scheme_of({8: "e8p4", 4: "e8p3", 2: "e8p2"}[scheme.bits])
+    if name == "aqlm":
+        return numerics.scheme_of({8: "aqlm_4x8", 4: "aqlm_2x8", 2: "aqlm_1x8"}[scheme.bits])
     return replace(scheme, symmetric=False, zero_dtype="float") if name == "hqq" else scheme
 
 
@@ -71,6 +75,10 @@ def test_hard_weights(name, scheme, label):
     before = W.clone()
     stats = hessian(W.shape[1], "plain")
     options = options_of(name)
+    if W.shape[1] % numerics.entry(scheme).multiple:
+        with pytest.raises(ShapeError, match=f"needs in_features to be a multiple of {numerics.entry(scheme).multiple}, and {W.shape[1]} is not"):
+            run(name, W, scheme, stats, options, [])
+        return
     made = run(name, W, scheme, stats, options, [])
     again = run(name, W, scheme, stats, options, [])
     decoded = numerics.dequantize(made)
@@ -78,7 +86,7 @@ def test_hard_weights(name, scheme, label):
     assert torch.isfinite(decoded).all()
     assert torch.equal(W, before)
     assert all(torch.equal(made.parts[key], again.parts[key]) for key in made.parts)
-    if scheme.bits == 8 and label != "tiny":
+    if scheme.format == INT and scheme.bits == 8 and label != "tiny":
         assert float((decoded - W.float()).square().sum()) <= 1e-3 * float(W.float().square().sum())
 
 
@@ -104,3 +112,19 @@ def test_bad_values_are_refused(name, bad):
 def test_unknown_option_is_refused(name):
     with pytest.raises(LowbitError, match="unknown key 'dampening'; expected one of"):
         make_options(name, {"dampening": 1})
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("ldlq",)])
+def test_scales_that_overflow_float16_are_refused(name):
+    scheme = scheme_for(name, Scheme(bits=4, block=(1, 32), scale_dtype="float16"))
+    with pytest.raises(LowbitError, match="float16"):
+        run(name, inputs()["normal"] * 1e7, scheme, hessian(COLUMNS, "plain"), options_of(name), [])
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if "hessian" in algorithm(name).needs(make_options(name, {}))])
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_hessian_of_nothing_is_noted(name, bad):
+    notes = []
+    stats = LayerStats(n_tokens=5, hessian=torch.full((COLUMNS, COLUMNS), bad))
+    made = run(name, inputs()["normal"], scheme_for(name, SCHEMES[0]), stats, options_of(name), notes)
+    assert torch.isfinite(numerics.dequantize(made)).all() and notes

@@ -10,6 +10,7 @@ from lowbit import numerics
 from lowbit.algorithms.gptq import GptqOptions, factorize, gptq
 from lowbit.algorithms.rtn import RtnOptions, rtn
 from lowbit.errors import RecipeError
+from lowbit.numerics import grids
 from lowbit.scheme import CASTS, Scheme
 from lowbit.stats import LayerStats
 
@@ -63,7 +64,7 @@ def test_sweeps_only_lower_the_loss():
     assert losses[0] > losses[1] >= losses[2]
 
 
-EVERY_GRID = [numerics.scheme_of(name) for name in numerics.FORMATS if name not in ("int", *CASTS)] + [
+EVERY_GRID = [numerics.scheme_of(name) for name in grids.FORMATS if name not in ("int", *CASTS)] + [
     Scheme(bits=4, block=(1, 32), symmetric=False, zero_dtype="int"), Scheme("fp8_e4m3", 8, (-1, -1)), Scheme("nf4", 4, (1, 32), nested=256),
 ]  # fmt: skip
 

@@ -14,7 +14,8 @@ SCHEMES = [numerics.scheme_of(name) for name in FORMATS if name != INT] + [Schem
 LARGEST_ERROR = {
     "float32": 0, "float16": 1e-6, "bfloat16": 1e-4, "q8_0": 1e-4, "q6_k": 1e-3, "q5_k": 4e-3, "q5_1": 4e-3, "q5_0": 4e-3, "q4_k": 1e-2, "q4_1": 1e-2,
     "q4_0": 2e-2, "q3_k": 5e-2, "q2_k": 0.15, "nf4": 1.2e-2, "fp4": 2.5e-2, "nvfp4": 1.5e-2, "mxfp4": 2.5e-2, "mxfp6_e2m3": 1.5e-3, "mxfp6_e3m2": 4e-3,
-    "mxfp8_e4m3": 1e-3, "mxfp8_e5m2": 4e-3, "fp8_e4m3": 1e-3, "fp8_e5m2": 4e-3, "ternary": 0.3, "binary": 0.4,
+    "mxfp8_e4m3": 1e-3, "mxfp8_e5m2": 4e-3, "fp8_e4m3": 1e-3, "fp8_e5m2": 4e-3, "ternary": 0.3, "binary": 0.4, "e8p2": 0.12, "e8p3": 0.04, "e8p4": 0.012,
+    **{name: 0.1 for name in FORMATS if name.startswith("aqlm")},  # the matrix is so small that codebooks hold most of it
 }  # fmt: skip
 INT_ERROR = {2: 0.8, 3: 0.3, 4: 0.06, 5: 0.015, 8: 3e-4}
 
@@ -39,7 +40,9 @@ def test_round_trip(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
 def test_a_decoded_weight_is_on_the_grid(scheme):
-    """Quantizing what was decoded changes little: a tenth of the first error at most."""
+    """Quantizing what was decoded changes little: a tenth of the first error at most. (Codebooks that are fitted anew are another grid.)"""
+    if scheme.format.startswith("aqlm"):
+        pytest.skip("codebooks are fitted to each matrix")
     W = weights()
     first = dequantize(quantize(W, scheme))
     second = dequantize(quantize(first, scheme))

@@ -67,12 +67,13 @@ def test_outlier_features_break_plain_rounding_and_not_llm_int8(save_model, tmp_
         lowbit.quantize(model, recipe, tmp_path / recipe, target_name="safetensors", calibration=text_file, n_samples=4, seq_len=64)
         found[recipe] = kl(tmp_path / recipe, model, text_file)
     weights_only, plain, mixed, smooth = found.values()
-    assert plain > 10 * mixed and plain > 10 * smooth, found
+    assert mixed < 1.1 * weights_only and plain > 4 * mixed and plain > 10 * smooth, found
 
 
 def test_a_rule_rounds_activations_of_some_layers_only(model_folder, tmp_path, text_file):
     recipe = tmp_path / "r.toml"
-    recipe.write_text('scheme = "int8-sym-channel-rtn"\n[activations]\nbits = 8\nstatic = true\nper = "tensor"\nobserver = "percentile"\n[[rules]]\nmatch = "*.down_proj"\nscheme = "int8-sym-channel-rtn-a6"\n')
+    activations = '[activations]\nbits = 8\nstatic = true\nper = "tensor"\nobserver = "percentile"\n'
+    recipe.write_text(f'scheme = "int8-sym-channel-rtn"\n{activations}[[rules]]\nmatch = "*.down_proj"\nscheme = "int8-sym-channel-rtn-a6"\n')
     lowbit.quantize(model_folder("llama"), recipe, tmp_path / "out", target_name="safetensors", calibration=text_file, n_samples=4, seq_len=64)
     found = open_checkpoint(tmp_path / "out").activations
     assert {rounding.act.name for name, rounding in found.items() if "down_proj" in name} == {"a6"}

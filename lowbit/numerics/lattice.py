@@ -1,0 +1,268 @@
+"""E8P: eight weights at a time on a lattice, after a randomized Hadamard transform has made them look Gaussian (QuIP#), 2, 3 and 4 bits a weight.
+
+Tseng et al., "QuIP#: Even Better LLM Quantization with Hadamard Incoherence and Lattice Codebooks", arXiv:2402.04396, section 3 and 4. With U the transform of numerics/hadamard.py and
+random signs s, t for columns and rows
+
+    W' = U diag(t) W diag(s) U^T        W'[i, 8 j : 8 j + 8] = scale * (point of the code)
+
+A point of E8P is v + 1/4 or v - 1/4 in all components, v = one of 256 rows of magnitudes in {1/2, 3/2, 5/2} with signs that make its sum even: 16 bits for eight
+numbers. At 3 and 4 bits what is left, times a second scale, is rounded again: to one of 256 points of E8 (8 bits), or to E8P (16 bits). Codes are the authors':
+
+    bits 15..8  row    bits 7..0  signs: bit j of component ORDER[j]; the parity of all eight says which quarter is added (odd: -1/4)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..scheme import RangeSearch, Scheme
+from ..tensor import QuantizedTensor, matrix_shape
+from . import hadamard
+
+GROUP = 8
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+BALL = 10.0  # squared norm of the rows that are all there
+# 29 of the rows with five 3/2 and three 1/2: where the 1/2 are.
+PADDING = (
+    "123", "023", "013", "012", "367", "357", "347", "356", "346", "345", "267", "257", "247", "256", "246", "245", "167", "157", "147", "156", "146",
+    "045", "067", "057", "047", "056", "046", "014", "237",
+)  # fmt: skip
+CHUNK = 1 << 17  # vectors that are rounded at once
+
+
+@dataclass(frozen=True)
+class Kind:
+    """bits a weight. scale: root mean square of the numbers that are rounded, with the least error for Gaussian ones; residual: factor of what is left (None: one stage).
+    best: the pair with the least error of both stages together (the authors' 4-bit pair tunes the first alone)."""
+
+    bits: int
+    scale: float
+    residual: float | None
+    best: tuple[float, float | None]
+
+
+KINDS: dict[str, Kind] = {
+    "e8p2": Kind(2, 1.03, None, (1.03, None)),
+    "e8p3": Kind(3, 0.98, 2.04, (0.98, 2.04)),
+    "e8p4": Kind(4, 1.03, 3.45, (0.88, 3.9)),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------ points and codes
+
+
+@lru_cache(maxsize=1)
+def magnitudes() -> Tensor:
+    """The 256 rows of magnitudes, float32 [256, 8]."""
+    rows = [row for row in product((0.5, 1.5, 2.5), repeat=GROUP) if sum(x * x for x in row) <= BALL]
+    rows += [tuple(0.5 if str(i) in places else 1.5 for i in range(GROUP)) for places in PADDING]
+    return torch.tensor(rows)
+
+
+@lru_cache(maxsize=1)
+def points() -> Tensor:
+    """The point of every code, float32 [65536, 8]."""
+    code = torch.arange(1 << 16)
+    row, signs = code >> 8, code & 255
+    bits = torch.stack([signs >> ORDER.index(i) & 1 for i in range(GROUP)], dim=1)
+    odd = bits.sum(1) & 1
+    bits[:, 0] ^= odd
+    bits[:, 7] ^= _odd_rows()[row]
+    return magnitudes()[row] * (1 - 2 * bits) + (0.25 - 0.5 * odd).unsqueeze(1)
+
+
+@lru_cache(maxsize=1)
+def e81b() -> Tensor:
+    """The 256 points of E8 that the third bit of "e8p3" chooses from, float32 [256, 8]."""
+    whole = [v for v in product((-1.0, 0.0, 1.0), repeat=GROUP) if sum(v) % 2 == 0 and sum(x * x for x in v) <= 2]
+    half = [v for v in product((-0.5, 0.5), repeat=GROUP) if sum(v) % 2 == 0]
+    axes = [tuple(sign if i == j else 0.0 for i in range(GROUP)) for sign in (2.0, -2.0) for j in range(GROUP)][:15]
+    return torch.tensor(whole + half + axes)
+
+
+@lru_cache(maxsize=1)
+def _odd_rows() -> Tensor:
+    return magnitudes().sum(1).long() & 1
+
+
+@lru_cache(maxsize=1)
+def _row_of() -> Tensor:
+    """The row of magnitudes whose digits are (0, 1, 2 for 1/2, 3/2, 5/2), int64 [3^8]; -1 where there is none."""
+    table = torch.full((3**GROUP,), -1, dtype=torch.int64)
+    table[((magnitudes() - 0.5).long() * _powers()).sum(1)] = torch.arange(256)
+    return table
+
+
+@lru_cache(maxsize=1)
+def _powers() -> Tensor:
+    return 3 ** torch.arange(GROUP)
+
+
+@lru_cache(maxsize=1)
+def _folded() -> tuple[Tensor, Tensor]:
+    """Rows with the signs that a nearest point can have when all its other signs agree: one flip at most; magnitudes [rows, 8] signed, and half their squared norms."""
+    rows = [magnitudes()]
+    for i in range(GROUP):
+        flipped = magnitudes().clone()
+        flipped[:, i] *= -1
+        rows.append(flipped)
+    made = torch.stack(rows)  # [1 + 8, 256, 8]
+    return made, made[0].square().sum(1) / 2
+
+
+def encode(x: Tensor) -> Tensor:
+    """The code of the point of E8P nearest to each of x float32 [n, 8], int64 [n]; of a tie the one with + 1/4."""
+    if len(x) > CHUNK:
+        return torch.cat([encode(part) for part in x.split(CHUNK)])
+    plus, minus = _half_integers(x + 0.25), _half_integers(x - 0.25)  # minus: shift + 1/4
+    error_plus = (x + 0.25 - plus).square_().sum(1)
+    error_minus = (x - 0.25 - minus).square_().sum(1)
+    odd = error_plus < error_minus
+    v = torch.where(odd.unsqueeze(1), plus, minus)
+    row = _row_of()[((v.abs() - 0.5).long() * _powers()).sum(1)]
+    bits = (v < 0).long()
+    bits[:, 0] ^= odd
+    bits[:, 7] ^= _odd_rows()[row]
+    signs = sum(bits[:, i] << j for j, i in enumerate(ORDER))
+    return row << 8 | signs
+
+
+def _half_integers(y: Tensor) -> Tensor:
+    """The nearest v to each of y [n, 8]: half-integers with an even sum whose magnitudes are one of the 256 rows.
+
+    Rounding each number and, where the sum is odd, the one farthest from its half-integer the other way gives the nearest of all such v (Conway and Sloane, "Fast
+    Quantizing and Decoding Algorithms for Lattice Quantizers and Codes", 1982); where that is no row, all rows are compared.
+    """
+    v = y.floor().add_(0.5)
+    rest = y - v
+    odd = v.sum(1).long() & 1
+    worst = rest.abs().argmax(1, keepdim=True)
+    away = torch.where(rest.gather(1, worst) < 0, -1.0, 1.0) * odd.unsqueeze(1)
+    v.scatter_add_(1, worst, away)
+    outside = ((v.square().sum(1) > BALL) | (v.abs().amax(1) > 2.5)).nonzero().flatten()
+    if len(outside):
+        v[outside] = torch.cat([_among_rows(part) for part in y[outside].split(1 << 14)])
+    return v
+
+
+def _among_rows(y: Tensor) -> Tensor:
+    """As _half_integers, by comparing all rows: each with the signs of y, one flipped where its parity asks for it."""
+    rows, half = _folded()
+    size = y.abs()
+    score = size @ rows[0].T - half  # [n, 256], larger is nearer
+    odd = (y < 0).long().sum(1, keepdim=True) & 1 != _odd_rows()  # this row needs a flip of one sign: of the least |y_i| r_i
+    loss = torch.stack([size[:, i : i + 1] * rows[0][:, i] for i in range(GROUP)]).min(0)
+    best = (score - 2 * loss.values * odd).argmax(1)
+    picked = torch.arange(len(y))
+    v = rows[0][best] * torch.where(y < 0, -1.0, 1.0)
+    flip = loss.indices[picked, best]
+    v[picked, flip] *= torch.where(odd[picked, best], -1.0, 1.0)
+    return v
+
+
+def encode_e81b(x: Tensor) -> Tensor:
+    """The place of the nearest of 256 points of E8, int64 [n]."""
+    grid = e81b()
+    return torch.cat([torch.addmm(grid.square().sum(1).neg(), part, grid.T, alpha=2).argmax(1) for part in x.split(CHUNK)]) if len(x) else x.new_zeros(0, dtype=torch.int64)
+
+
+def round_vectors(x: Tensor, kind: Kind, residual: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x float32 [n, 8] on the grid of a kind: values [n, 8], codes [n], codes of the second stage [n] or None."""
+    code = encode(x)
+    value = points()[code]
+    if residual is None:
+        return value, code, None
+    rest = (x - value).mul_(residual)
+    second = encode(rest) if kind.bits == 4 else encode_e81b(rest)
+    return value + (points() if kind.bits == 4 else e81b())[second] / residual, code, second
+
+
+# ------------------------------------------------------------------------------------------------------------------ matrices
+
+
+def random_signs(count: int, generator: torch.Generator) -> Tensor:
+    """1 and -1, float32 [count]."""
+    return 1.0 - 2.0 * torch.randint(2, (count,), generator=generator).float()
+
+
+def incoherent(W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """U diag(rows) W diag(columns) U^T."""
+    return hadamard.mix(hadamard.mix(W * columns).T.contiguous() * rows).T.contiguous()
+
+
+def coherent(W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The inverse of incoherent."""
+    return hadamard.unmix((hadamard.unmix(W.T.contiguous()) * rows).T.contiguous()) * columns
+
+
+def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), importance: Tensor | None = None) -> QuantizedTensor:
+    """Transform W [out_features, in_features] with the signs of seed 0 and round every eight numbers to the nearest point."""
+    kind = KINDS[scheme.format]
+    W32 = W.float()
+    if not bool(torch.isfinite(W32).all()):
+        raise FormatError("the weight holds values that are NaN or infinite.")
+    generator = torch.Generator().manual_seed(0)
+    columns, rows = random_signs(W.shape[1], generator), random_signs(W.shape[0], generator)
+    turned = incoherent(W32, rows, columns)
+    size, residual = kind.best
+    scale = scale_of(turned, size)
+    _, code, second = round_vectors((turned / scale).view(-1, GROUP), kind, residual)
+    return from_codes(code.view(len(W), -1), None if second is None else second.view(len(W), -1), scale, residual, rows, columns, scheme, str(W.dtype).removeprefix("torch."))
+
+
+def scale_of(W: Tensor, size: float) -> Tensor:
+    """The scale with which the numbers of W have the root mean square size, float32 []."""
+    mean = W.square().mean().sqrt() / size
+    return torch.where(mean < 2.0**-100, 2.0**-100, mean)
+
+
+def from_codes(
+    code: Tensor, second: Tensor | None, scale: Tensor, residual: float | None, rows: Tensor, columns: Tensor, scheme: Scheme, dtype: str
+) -> QuantizedTensor:
+    """Wrap codes int64 [out, in / 8] (second: of the residual stage), the scale, and the signs of rows and columns."""
+    parts = {"points": _signed(code), "scale": scale.reshape(1).float(), "row_signs": _pack(rows), "column_signs": _pack(columns)}
+    if second is not None and residual is not None:
+        parts |= {"residual": second.to(torch.uint8) if KINDS[scheme.format].bits == 3 else _signed(second), "residual_scale": torch.tensor([residual])}
+    return QuantizedTensor(scheme, matrix_shape((code.shape[0], code.shape[1] * GROUP)), dtype, parts)
+
+
+def dequantize(qt: QuantizedTensor) -> Tensor:
+    """Float32 [out_features, in_features], back in the original basis."""
+    parts = qt.parts
+    values = points()[parts["points"].long() & 0xFFFF]
+    if "residual" in parts:
+        stage = points()[parts["residual"].long() & 0xFFFF] if KINDS[qt.scheme.format].bits == 4 else e81b()[parts["residual"].long()]
+        values = values + stage / parts["residual_scale"]
+    return coherent(values.flatten(1) * parts["scale"], _unpack(parts["row_signs"], qt.shape[0]), _unpack(parts["column_signs"], qt.shape[1])) * bool(parts["scale"] > 2.0**-99)
+
+
+def _signed(code: Tensor) -> Tensor:
+    """16-bit patterns as int16, which every program can store."""
+    return torch.where(code >= 1 << 15, code - (1 << 16), code).to(torch.int16)
+
+
+def _pack(signs: Tensor) -> Tensor:
+    """Eight signs in a byte, the first in the lowest bit; set: -1."""
+    bits = torch.nn.functional.pad((signs < 0).to(torch.uint8), (0, -len(signs) % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, count: int) -> Tensor:
+    bits = packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1
+    return 1.0 - 2.0 * bits.flatten()[:count].float()
+
+
+def bits(scheme: Scheme, rows: int, columns: int) -> int:
+    """The codes, a scale (two with a residual stage) and a sign for each row and column, in whole bytes."""
+    kind = KINDS[scheme.format]
+    return rows * columns * kind.bits + (32 if kind.residual is None else 64) + 8 * (-(-rows // 8) - (-columns // 8))
+
+
+def describe(name: str) -> str:
+    return f"{KINDS[name].bits} bits on the lattice E8P, in a randomized Hadamard basis (QuIP#)"
