@@ -23,6 +23,7 @@ from ..numerics.lattice import GROUP, Kind
 from ..scheme import Scheme
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from .parallel import over_rows
 
 PANEL = 128  # columns whose feedback is summed at once
 SAMPLE_ROWS = 128
@@ -31,13 +32,15 @@ SCALES = (0.8, 0.87, 0.94, 1.0, 1.06)  # of the usual one
 
 @dataclass(frozen=True)
 class LdlqOptions:
-    """damp: added to the Hessian's diagonal, as a share of its mean. passes: over all blocks after the first (the authors: 10). search: of the scale. seed: of the signs.
+    """damp: added to the Hessian's diagonal, as a share of its mean. passes: at most so many over all blocks after the first (the authors: 10); they end when one gains
+    less than the share tolerance of the error. search: of the scale. seed: of the signs.
 
     guided, guide_power, guide_cap: as of gptq: tokens weigh by the gradient of the loss.
     """
 
     damp: float = 0.01
     passes: int = 10
+    tolerance: float = 0.003
     search: bool = True
     seed: int = 0
     guided: bool = False
@@ -73,12 +76,19 @@ def ldlq(W: Tensor, scheme: Scheme, stats: LayerStats, options: LdlqOptions, not
         L = block_ldl(H)
         assert L is not None
     scale, residual = _scale(turned, H, L, kind, options)
-    solver = Solver(turned / scale, H, L, kind, residual)
-    solver.first()
-    for _ in range(options.passes):
-        if not solver.improve():
-            break
-    code, second = solver.codes, solver.seconds if residual is not None else None
+    aim = turned / scale
+
+    def run(part: slice) -> Solver:
+        solver = Solver(aim[part], H, L, kind, residual)
+        solver.first()
+        for _ in range(options.passes):
+            if not solver.improve(options.tolerance):
+                break
+        return solver
+
+    solvers = over_rows(run, len(aim))
+    code = torch.cat([solver.codes for solver in solvers])
+    second = None if residual is None else torch.cat([solver.seconds for solver in solvers])
     return lattice.from_codes(code, second, scale, residual, rows, columns, scheme, str(W.dtype).removeprefix("torch."))
 
 
@@ -141,8 +151,8 @@ class Solver:
                 aim[:, start : block.start].addmm_(self.W[:, block] - self.hat[:, block], self.L[block, start : block.start])
             aim[:, :start].addmm_(self.W[:, start:stop] - self.hat[:, start:stop], self.L[start:stop, :start])
 
-    def improve(self) -> bool:
-        """One more pass over all blocks; taken back, with the answer False, when it does not lower the error."""
+    def improve(self, tolerance: float = 0.0) -> bool:
+        """One more pass over all blocks; whether it lowered the error by more than the share tolerance. One that raised it is taken back."""
         before, kept = self.error(), (self.hat.clone(), self.codes.clone(), self.seconds.clone())
         n = self.W.shape[1]
         G = (self.W - self.hat) @ self.H
@@ -156,7 +166,7 @@ class Solver:
                 self._round(k, was + G[:, block] @ inverse[k])
                 G[:, start:stop].addmm_(self.hat[:, block] - was, self.H[block, start:stop], alpha=-1)
             G[:, :start].addmm_(self.hat[:, start:stop] - old, self.H[start:stop, :start], alpha=-1)
-        if self.error() < before:
-            return True
-        self.hat, self.codes, self.seconds = kept
-        return False
+        after = self.error()
+        if not after < before:
+            self.hat, self.codes, self.seconds = kept
+        return after < (1 - tolerance) * before

@@ -19,6 +19,8 @@ from ..tensor import QuantizedTensor, matrix_shape
 
 GROUP = 8
 KMEANS_STEPS = 50
+FULL_STEPS = 10  # at the end of k-means, with all points
+SAMPLE = 64  # points for each centroid that k-means looks at, at most
 CHUNK_NUMBERS = 1 << 24  # distances that are held at once
 # name: (codebooks, bits of a code)
 KINDS = {f"aqlm_{count}x{bits}": (count, bits) for count, bits in ((1, 8), (2, 8), (3, 8), (4, 8), (1, 10), (1, 12), (2, 12), (1, 16), (2, 16))}
@@ -87,17 +89,25 @@ def kmeans(x: Tensor, clusters: int, weights: Tensor | None, steps: int, generat
     start = torch.randperm(len(x), generator=generator)[:clusters]
     book[: len(start)] = x[start]
     spread = x.new_ones(x.shape) if weights is None else weights.repeat(len(x) // len(weights), 1)
-    weighted = x * spread
-    place = _nearest(weighted, spread if weights is not None else None, book)
-    for _ in range(steps):
+    whole, whole_spread = x * spread, spread if weights is not None else None
+    weighted, full, place = whole, spread, None
+    sampled = steps - FULL_STEPS if len(x) > SAMPLE * clusters else 0
+    if sampled > 0:  # most steps look at some of the points only
+        some = torch.randperm(len(x), generator=generator)[: SAMPLE * clusters].sort().values
+        weighted, spread = whole[some], full[some]
+    for step in range(steps):
+        if step == sampled and sampled > 0:
+            weighted, spread, place = whole, full, None
+        moved = _nearest(weighted, spread if weights is not None else None, book)
+        if place is not None and torch.equal(moved, place):
+            if step >= sampled:
+                break
+            continue
+        place = moved
         total = x.new_zeros(clusters, GROUP).index_add_(0, place, weighted)
         mass = x.new_zeros(clusters, GROUP).index_add_(0, place, spread)
         book = torch.where(mass > 0, total / mass, book)
-        moved = _nearest(weighted, spread if weights is not None else None, book)
-        if torch.equal(moved, place):
-            break
-        place = moved
-    return book, place
+    return book, _nearest(whole, whole_spread, book)
 
 
 def _nearest(weighted: Tensor, spread: Tensor | None, book: Tensor) -> Tensor:

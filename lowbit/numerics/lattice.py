@@ -106,14 +106,19 @@ def _powers() -> Tensor:
 
 @lru_cache(maxsize=1)
 def _folded() -> tuple[Tensor, Tensor]:
-    """Rows with the signs that a nearest point can have when all its other signs agree: one flip at most; magnitudes [rows, 8] signed, and half their squared norms."""
-    rows = [magnitudes()]
-    for i in range(GROUP):
-        flipped = magnitudes().clone()
-        flipped[:, i] *= -1
-        rows.append(flipped)
-    made = torch.stack(rows)  # [1 + 8, 256, 8]
-    return made, made[0].square().sum(1) / 2
+    """All v that can be nearest to a y whose components 0 to 6 are positive and whose last has the sign that makes the number of minus signs even: signed rows
+    [candidates, 8] transposed, and half their squared norms. At most one of the first seven is negative, a -1/2 (a larger one would cost more than it could gain)."""
+    made = []
+    for row, odd in zip(magnitudes(), _odd_rows().tolist(), strict=True):
+        for i in [None, *[i for i in range(7) if row[i] == 0.5]]:
+            v = row.clone()
+            if i is not None:
+                v[i] *= -1
+            if (odd == 1) != (i is not None):
+                v[7] *= -1
+            made.append(v)
+    table = torch.stack(made)
+    return table.T.contiguous(), table.square().sum(1) / 2
 
 
 def encode(x: Tensor) -> Tensor:
@@ -152,18 +157,12 @@ def _half_integers(y: Tensor) -> Tensor:
 
 
 def _among_rows(y: Tensor) -> Tensor:
-    """As _half_integers, by comparing all rows: each with the signs of y, one flipped where its parity asks for it."""
-    rows, half = _folded()
-    size = y.abs()
-    score = size @ rows[0].T - half  # [n, 256], larger is nearer
-    odd = (y < 0).long().sum(1, keepdim=True) & 1 != _odd_rows()  # this row needs a flip of one sign: of the least |y_i| r_i
-    loss = torch.stack([size[:, i : i + 1] * rows[0][:, i] for i in range(GROUP)]).min(0)
-    best = (score - 2 * loss.values * odd).argmax(1)
-    picked = torch.arange(len(y))
-    v = rows[0][best] * torch.where(y < 0, -1.0, 1.0)
-    flip = loss.indices[picked, best]
-    v[picked, flip] *= torch.where(odd[picked, best], -1.0, 1.0)
-    return v
+    """As _half_integers, by comparing all rows: y is brought to the signs of the table by an even number of changes, which keep the lattice."""
+    table, half = _folded()
+    signs = torch.where(y < 0, -1.0, 1.0)
+    signs[:, 7] *= signs.prod(1)
+    best = torch.addmm(-half, y * signs, table).argmax(1)
+    return table.T[best] * signs
 
 
 def encode_e81b(x: Tensor) -> Tensor:
