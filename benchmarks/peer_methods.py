@@ -256,9 +256,10 @@ def blocks(folder: Path, only: list[str] | None = None) -> Iterator[tuple[str, d
             yield path.stem, {key: file.get_tensor(key) for key in file.offset_keys() if not key.endswith(".inputs")}, file.metadata()
 
 
-def main() -> None:
+def main(own: dict[str, Callable] | None = None) -> None:
+    """own: methods that are not a peer's, (tensors, n_tokens, layer, hidden, options) -> (weights, seconds), by name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=("gptqmodel", "gptqmodel-desc-act", "llm-compressor", "autoawq", "hqq", "auto-round"))
+    parser.add_argument("peer", choices=own or ("gptqmodel", "gptqmodel-desc-act", "llm-compressor", "autoawq", "hqq", "auto-round"))
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--blocks", nargs="+", help="only these, by their files' names without the ending, such as block0")
@@ -272,9 +273,10 @@ def main() -> None:
     parser.add_argument("--amp", action="store_true", help="auto-round in bfloat16, its default")
     a = parser.parse_args()
     common = {"bits": a.bits, "group_size": a.group_size}
-    signed = common | {"sym": a.sym if a.sym is not None else a.peer != "autoawq"}
+    a.sym = a.sym if a.sym is not None else a.peer not in ("autoawq", "awq")
+    signed = common | {"sym": a.sym}
     tune = {"iters": a.iters, "batch": a.batch, "amp": a.amp}
-    run = {
+    run = (lambda *given: own[a.peer](*given, a)) if own else {
         "gptqmodel": by_linear(gptqmodel_gptq, **signed, damp=a.damp),
         "gptqmodel-desc-act": by_linear(gptqmodel_gptq, **signed, damp=a.damp, desc_act=True),
         "llm-compressor": by_linear(llmcompressor_gptq, **signed, damp=a.damp),
@@ -287,9 +289,9 @@ def main() -> None:
         n_tokens, hidden = int(metadata["n_tokens"]), tensors["hidden"][: a.windows]
         layer = decoder_layer(tensors, n_tokens, **{key: float(metadata[key]) for key in ("rope_theta", "rms_norm_eps") if key in metadata}, head_dim=int(metadata.get("head_dim", 64)))
         if not made:
-            tune["iters"] = 1
+            tune["iters"], a.iters, kept = 1, 1, a.iters
             run(tensors, n_tokens, layer, hidden[:1, :64])  # the first warms up
-            tune["iters"] = a.iters
+            tune["iters"] = a.iters = kept
         weights, record["seconds"][stem] = run(tensors, n_tokens, layer, hidden)
         record["error"][stem] = {name: error(tensors[f"{name}.weight"], weights[name], tensors[f"{name}.hessian"]) for name in PATHS}
         record["output_mse"][stem] = output_mse(layer, weights, tensors["hidden"])
