@@ -130,7 +130,8 @@ def dump(model: str, calibration: str, samples: int, folder: Path) -> None:
         block = streamer.load_block(index)
         if index in (0, streamer.depth // 2, streamer.depth - 1):
             linears = find_linears(streamer.skeleton, index)
-            groups = collected(block, linears, lambda number: streamer.run_block(block, index, number, states.read(number, streamer.device)), len(streamer.batches), ("hessian",))
+            run = lambda number, block=block, index=index: streamer.run_block(block, index, number, states.read(number, streamer.device))
+            groups = collected(block, linears, run, len(streamer.batches), ("hessian",))
             tensors = {"hidden": torch.cat([states.read(number, streamer.device) for number in range(len(streamer.batches))])}
             for group in groups:
                 for linear in group.linears:

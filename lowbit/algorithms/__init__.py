@@ -49,7 +49,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         grids.FORMATS,
         True,
         "error feedback through the Hessian of the layer's inputs; needs calibration text (guided: a backward sweep, too)",
-        "two passes over the calibration text; guided: about as much again",
+        "two passes over the text; guided: twice that",
     ),
     "hqq": Algorithm(hqq, HqqOptions, lambda o: (), (INT,), False, "zero-points fitted to a norm that forgives outliers; no data needed", "seconds"),
     "autoround": Algorithm(
@@ -59,7 +59,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         (INT,),
         False,
         "rounding and ranges of a block learned by sign descent on its output; needs calibration text",
-        "hundreds of passes over a part of the text: hours where GPTQ takes minutes",
+        "hours where GPTQ takes minutes",
         "block",
     ),
     "ldlq": Algorithm(
@@ -78,7 +78,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         tuple(additive.KINDS),
         False,
         "additive codebooks: vectors of 8 weights as sums of codebook entries, codes and codebooks fitted in turn; needs calibration text",
-        "many times GPTQ's",
+        "some ten times GPTQ's",
     ),
 }
 

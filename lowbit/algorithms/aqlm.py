@@ -152,10 +152,10 @@ class _State:
                 old = book[codes[:, :, j, m]] * scale
                 rest = R[:, :, columns] + old @ Hjj  # the residual's product where this code is left out
                 power = ((book @ Hjj) * book).sum(1)
-                candidates = torch.addcmul(scale.square() * power, -2 * scale, rest @ book.T)  # [beam, n, K]
                 if beam == 1:
-                    new = candidates.argmin(2)
+                    new = _nearest(rest[0], self.scale, book, power).unsqueeze(0)
                 else:
+                    candidates = torch.addcmul(scale.square() * power, -2 * scale, rest @ book.T)  # [beam, n, K]
                     candidates += (loss + 2 * (old * R[:, :, columns]).sum(-1) + ((old @ Hjj) * old).sum(-1)).unsqueeze(-1)
                     kept = min(beam, len(candidates) * clusters)
                     least, index = candidates.permute(1, 0, 2).reshape(n, -1).topk(kept, largest=False)
@@ -166,3 +166,9 @@ class _State:
                 codes = codes.clone() if m == 0 and j == 0 else codes
                 codes[:, :, j, m] = new
         self.codes = codes[0].clone()
+
+
+def _nearest(rest: Tensor, scale: Tensor, book: Tensor, power: Tensor) -> Tensor:
+    """argmin over c of s^2 c H_jj c^T - 2 s c . P of each row, in chunks of rows; rest is P [n, 8], power is c H_jj c^T [K]. Divided by s > 0: s power - 2 c . P."""
+    chunk, doubled = max(1, additive.CHUNK_NUMBERS // len(book)), -2 * book.T.contiguous()
+    return torch.cat([torch.addmm(torch.outer(size, power), part, doubled).argmin(1) for part, size in zip(rest.split(chunk), scale.split(chunk), strict=True)])

@@ -109,7 +109,9 @@ def quantize(
 
       lowbit quantize ./model --recipe int3-asym-g64-gptq --calibration text.jsonl -o out3
 
-      lowbit quantize ./model --to gguf -o model-q4_0.gguf
+      lowbit quantize ./model --recipe q4_0-gptq-guided --to gguf -o model-q4_0.gguf
+
+      lowbit quantize ./model --recipe w8a8-smooth -o out8
 
       lowbit quantize --recipe list .
     """
@@ -169,7 +171,7 @@ def _list_recipes() -> None:
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """Every number format, algorithm and transform: what it is, what data and time it needs, and which files can hold the result.
+    """Every preset, algorithm, transform and number format: what it is, what data and time it needs, and which files can hold the result.
 
     Example:
 
@@ -182,12 +184,13 @@ def methods(as_json: Json = False) -> None:
     if as_json:
         print_json([vars(method) for method in found])
         return
-    for kind in ("algorithm", "transform", "number format"):
-        own = [method for method in found if method.kind == kind]
-        columns = ("bits", "files that hold it") if kind == "number format" else ("data", "takes")
-        table = text_table("name", *columns, "what it is", title=f"{kind.capitalize()}s")
-        for method in own:
-            table.add_row(method.name, *((method.bits, ", ".join(method.files)) if kind == "number format" else (method.data, method.cost)), method.description)
+    fields = {"algorithm": ("data", "cost"), "transform": ("data", "cost"), "preset": ("bits", "data", "cost", "files"), "number format": ("bits", "files")}
+    titles = {"bits": "bits", "data": "data", "cost": "takes", "files": "files that hold it"}
+    for kind, columns in fields.items():
+        table = text_table("name", *(titles[column] for column in columns), "what it is", title=f"{kind.capitalize()}s")
+        for method in (method for method in found if method.kind == kind):
+            cells = {"bits": method.bits, "data": method.data, "cost": method.cost, "files": ", ".join(method.files) or "safetensors (values)"}
+            table.add_row(method.name, *(cells[column] for column in columns), method.description)
         out.print(table)
 
 

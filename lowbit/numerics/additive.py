@@ -21,7 +21,7 @@ GROUP = 8
 KMEANS_STEPS = 50
 FULL_STEPS = 10  # at the end of k-means, with all points
 SAMPLE = 64  # points for each centroid that k-means looks at, at most
-CHUNK_NUMBERS = 1 << 24  # distances that are held at once
+CHUNK_NUMBERS = 1 << 22  # distances that are held at once
 # name: (codebooks, bits of a code)
 KINDS = {f"aqlm_{count}x{bits}": (count, bits) for count, bits in ((1, 8), (2, 8), (3, 8), (4, 8), (1, 10), (1, 12), (2, 12), (1, 16), (2, 16))}
 

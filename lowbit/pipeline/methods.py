@@ -1,15 +1,17 @@
-"""What lowbit can do, from its tables: number formats, algorithms, transforms."""
+"""What lowbit can do, from its tables: presets, number formats, algorithms, transforms."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import numerics
 from ..algorithms import ALGORITHMS, make_options
 from ..checkpoints import TARGETS
 from ..errors import LowbitError
+from ..numerics import activations
 from ..scheme import INT, Scheme
 from ..transforms import TRANSFORMS
+from .recipes import PRESETS, parse
 
 SHAPE = (4096, 4096)  # of the matrix that bits and files are shown for
 
@@ -28,10 +30,20 @@ class Method:
 
 
 def list_methods() -> list[Method]:
-    """Every number format, algorithm and transform."""
+    """Every preset, algorithm, transform and number format."""
     found = [Method(name, "algorithm", entry.description, "calibration text" if entry.needs(make_options(name, {})) else "none", entry.cost) for name, entry in ALGORITHMS.items()]
-    found += [Method(name, "transform", entry.description, "calibration text", entry.cost) for name, entry in TRANSFORMS.items()]
+    found += [Method(name, "transform", entry.description, "calibration text" if entry.needs else "none", entry.cost) for name, entry in TRANSFORMS.items()]
+    found += [_preset(name) for name in PRESETS]
     return found + [_number_format(name) for name in numerics.FORMATS]
+
+
+def _preset(name: str) -> Method:
+    recipe = parse(name).recipe
+    needs = (*ALGORITHMS[recipe.algorithm].needs(make_options(recipe.algorithm, recipe.options)), *(need for step in recipe.transforms for need in TRANSFORMS[step].needs))
+    needs += activations.needs(recipe.scheme.act)
+    cost = "; ".join([*(TRANSFORMS[step].cost for step in recipe.transforms), ALGORITHMS[recipe.algorithm].cost])
+    files = tuple(target for target in TARGETS if _holds(target, recipe.scheme))
+    return Method(name, "preset", PRESETS[name][1], "calibration text" if needs else "none", cost, f"{numerics.bits_per_weight(recipe.scheme, SHAPE):.3g}", files)
 
 
 def _number_format(name: str) -> Method:
@@ -46,7 +58,7 @@ def _holds(target: str, scheme: Scheme) -> bool:
     if target == "safetensors":
         return scheme.format in ("float32", "float16", "bfloat16")
     try:
-        TARGETS[target].check(scheme if scheme.format != INT else numerics.scheme_of(INT, bits=scheme.bits, block=(1, 32), scale_dtype="float16"), SHAPE, "weight")
+        TARGETS[target].check(replace(scheme, block=(1, 32), scale_dtype="float16") if scheme.format == INT and scheme.block[0] == 1 else scheme, SHAPE, "weight")
     except LowbitError:
         return False
     return True

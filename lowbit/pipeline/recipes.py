@@ -32,7 +32,6 @@ PRESETS: dict[str, tuple[str, str]] = {
     "awq-int4": ("int4-asym-awq-rtn", "AWQ: activation-aware scales and clipping, then plain rounding"),
     "hqq-int4": ("int4-asym-g64-hqq", "HQQ, 4 bits; no data needed"),
     "hqq-int2": ("int2-asym-g64-hqq", "HQQ, 2 bits; no data needed"),
-    "qlora-nf4": ("nf4-g64-dq-rtn", "NF4 with double quantization, as bitsandbytes stores a QLoRA base; no data needed"),
     "w8a8": ("int8-sym-channel-rtn-a8", "8-bit weights and activations (each token on its own scale); no data needed"),
     "w8a8-smooth": ("int8-sym-channel-smoothquant-rtn-a8", "SmoothQuant: activation outliers moved into the weights, then 8 bits for both"),
     "w8a8-static": ("int8-sym-channel-smoothquant-rtn-a8-static", "the same with one scale per layer for the activations, found in calibration"),

@@ -38,7 +38,7 @@ TRANSFORMS: dict[str, Transform] = {
         ("hessian", "sum_abs"),
         False,
         "channels with large activations scaled up before rounding; ranges clipped",
-        "a pass over the calibration text and 20 roundings of each layer",
+        "a pass over the text, 20 roundings of each layer",
     ),
     "smoothquant": Transform(
         smooth_scale,
@@ -46,7 +46,7 @@ TRANSFORMS: dict[str, Transform] = {
         ("absmax", "sample"),
         True,
         "activation outliers moved into the weights, for quantized activations",
-        "a pass over the calibration text",
+        "a pass over the text",
     ),
     "rotate": Transform(None, RotateOptions, (), False, "the residual stream and the values in a randomized Hadamard basis, so that no channel stands out (QuaRot)", "seconds"),
 }
