@@ -23,7 +23,7 @@ class Scheme:
     block: (rows, columns) that share a scale; -1 is the whole axis. (1, 64) is a group of 64 columns of one row,
         (1, -1) one scale per output channel, (-1, -1) one per tensor. (64, 1) is a group of 64 rows of one column, out_features / 64 apart (HQQ's axis 0).
     zero_dtype: of asymmetric integers, "int" (a code) or "float" (any number, in scale_dtype: HQQ).
-    outliers: input channels that are kept in float16 beside the codes (numerics/outliers.py).
+    outliers: input channels that are kept beside the codes (numerics/outliers.py), in outlier_bits: 16 (float16) or 8 (codes of -127 to 127, a scale for each channel).
     act: how the inputs that the matrix multiplies are rounded when the model runs (None: not at all).
     nested: of NF4 and FP4, how many magnitudes share the second level of double quantization (bitsandbytes: 256).
     range: of symmetric integers, scale = max|x| / (2^(b-1) - 1) ("textbook"), / (2^(b-1) - 0.5) ("half", the convention of
@@ -39,11 +39,14 @@ class Scheme:
     zero_dtype: str = "int"
     nested: int | None = None
     outliers: int | None = None
+    outlier_bits: int = 16
     act: Activation | None = None
 
     def __post_init__(self) -> None:
         if self.outliers is not None and self.outliers < 1:
             raise RecipeError(f"outliers is {self.outliers}; expected at least 1 channel.")
+        if self.outlier_bits not in (8, 16):
+            raise RecipeError(f"outlier_bits is {self.outlier_bits}; expected 8 or 16.")
         if self.nested is not None and self.nested < 2:
             raise RecipeError(f"nested is {self.nested}; expected at least 2 magnitudes that share a second scale (bitsandbytes: 256).")
         if self.format in ("nf4", "fp4") and (self.block[0] != 1 or self.block[1] < 2):
@@ -86,7 +89,7 @@ class Scheme:
         if self.act is not None:
             return f"{replace(self, act=None).name}-{self.act.name}"
         if self.outliers is not None:
-            return f"{replace(self, outliers=None).name}-out{self.outliers}"
+            return f"{replace(self, outliers=None).name}-out{self.outliers}{'b8' if self.outlier_bits == 8 else ''}"
         if self.format != INT and self.format not in OWN_GROUPS:
             return self.format
         share = {(1, -1): "channel", (-1, -1): "tensor"}.get(self.block, f"g{self.block[1]}" if self.block[0] == 1 else f"g{self.block[0]}-axis0")

@@ -106,7 +106,8 @@ def _rows(qt: QuantizedTensor, rows: slice, dtype: str) -> QuantizedTensor:
     """Some output rows of a quantized matrix, as standing for a weight of the given dtype."""
     if not numerics.entry(qt.scheme).rowwise(qt.scheme, qt.shape[1]):
         return QuantizedTensor(qt.scheme, qt.shape, dtype, qt.parts)
-    return QuantizedTensor(qt.scheme, (rows.stop - rows.start, qt.shape[1]), dtype, {key: value.clone() if key == outliers.INDEX else value[rows].contiguous() for key, value in qt.parts.items()})
+    parts = {key: value.clone() if key in outliers.OF_CHANNELS else value[rows].contiguous() for key, value in qt.parts.items()}
+    return QuantizedTensor(qt.scheme, (rows.stop - rows.start, qt.shape[1]), dtype, parts)
 
 
 def _rounded(W: Tensor, plan: LayerPlan) -> Tensor:

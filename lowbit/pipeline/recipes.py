@@ -172,8 +172,8 @@ def _word(word: str, text: str, put) -> None:
         put("format", (FORMAT_ALIASES[word], 0), word)
     elif word == "dq":
         put("nested", codebook.NESTED_BLOCK, word)
-    elif match := re.fullmatch(r"out([1-9][0-9]*)", word):
-        put("outliers", int(match[1]), word)
+    elif match := re.fullmatch(r"out([1-9][0-9]*)(?:b(8|16))?", word):
+        put("outliers", (int(match[1]), int(match[2] or 16)), word)
     elif _activation_word(word, put):
         pass
     elif word in ("sym", "asym"):
@@ -202,7 +202,7 @@ def _word(word: str, text: str, put) -> None:
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
             f"int2..int8 or {', '.join(formats)}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; {', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; "
-            f"outN; a8, a4, afp8, ... (activations), static, static_kl, ..., aasym, atensor, t6; gptaq; guided, guided4 (Hessians by groups of outputs); {', '.join(TRANSFORMS)}."
+            f"outN, outNb8; a8, a4, afp8, ... (activations), static, static_kl, ..., aasym, atensor, t6; gptaq; guided, guided4 (Hessians by groups of outputs); {', '.join(TRANSFORMS)}."
         )
 
 
@@ -248,7 +248,8 @@ def _word_transforms(found: dict[str, Any]) -> dict[str, dict]:
 
 
 def _scheme(found: dict[str, Any], text: str) -> Scheme:
-    return replace(_scheme_of_all(found), outliers=found.get("outliers"), act=_word_activation(found, text))
+    count, bits = found.get("outliers", (None, 16))
+    return replace(_scheme_of_all(found), outliers=count, outlier_bits=bits, act=_word_activation(found, text))
 
 
 def _scheme_of_all(found: dict[str, Any]) -> Scheme:

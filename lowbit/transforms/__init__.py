@@ -21,12 +21,12 @@ from .smoothquant import SmoothQuantOptions, smooth_scale
 @dataclass(frozen=True)
 class Transform:
     """scale: see the module; None: of the whole model, applied as its weights are read (rotate.py). options: its dataclass. needs: statistics.
-    norms_only: whether only norms take the scale (not linear layers). cost: what it takes, in words."""
+    norms_only: (options) -> whether only norms take the scale (not linear layers). cost: what it takes, in words."""
 
     scale: Callable[..., Tensor | None] | None
     options: type
     needs: tuple[str, ...]
-    norms_only: bool
+    norms_only: Callable[[Any], bool]
     description: str
     cost: str
 
@@ -36,7 +36,7 @@ TRANSFORMS: dict[str, Transform] = {
         awq_scale,
         AwqOptions,
         ("hessian", "sum_abs"),
-        False,
+        lambda o: False,
         "channels with large activations scaled up before rounding; ranges clipped",
         "a pass over the text, 20 roundings of each layer",
     ),
@@ -44,11 +44,11 @@ TRANSFORMS: dict[str, Transform] = {
         smooth_scale,
         SmoothQuantOptions,
         ("absmax", "sample"),
-        True,
+        lambda o: not o.linears,
         "activation outliers moved into the weights, for quantized activations",
         "a pass over the text",
     ),
-    "rotate": Transform(None, RotateOptions, (), False, "the residual stream and the values in a randomized Hadamard basis, so that no channel stands out (QuaRot)", "seconds"),
+    "rotate": Transform(None, RotateOptions, (), lambda o: False, "the residual stream and the values in a randomized Hadamard basis, so that no channel stands out (QuaRot)", "seconds"),
 }
 
 

@@ -28,18 +28,20 @@ LEAST = 1e-5
 class SmoothQuantOptions:
     """alpha: how much of the difficulty goes into the weights, 0 to 1; the authors take 0.5, for Llama 2 and 3 0.85.
 
-    search: find alpha for each place, among n_grid + 1 values from 0 to 1.
+    search: find alpha for each place, among n_grid + 1 values from 0 to 1. linears: also where a linear layer writes the channels (values to output, up to down), not only
+    behind norms as the authors do.
     """
 
     alpha: float = 0.5
     search: bool = False
     n_grid: int = 20
+    linears: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha is {self.alpha}; expected 0 to 1.")
-        if not isinstance(self.search, bool) or self.n_grid < 1:
-            raise RecipeError(f"search is {self.search!r} and n_grid {self.n_grid}; expected true or false, and 1 or more.")
+        if not isinstance(self.search, bool) or not isinstance(self.linears, bool) or self.n_grid < 1:
+            raise RecipeError(f"search is {self.search!r}, linears {self.linears!r} and n_grid {self.n_grid}; expected true or false, twice, and 1 or more.")
 
 
 def smooth_scale(readers: Sequence[Reader], options: SmoothQuantOptions, tie) -> Tensor | None:

@@ -41,7 +41,7 @@ def test_chosen_by_importance_where_there_is_one():
     assert 7 in outliers.choose(W, 1, importance) and 40 in outliers.choose(W, 1)
 
 
-@pytest.mark.parametrize("recipe", ["int3-asym-g32-gptq-out4", "int3-asym-g32-rtn-out4", "int3-asym-g32-hqq-out4", "nf4-g32-gptq-out4"])
+@pytest.mark.parametrize("recipe", ["int3-asym-g32-gptq-out4", "int3-asym-g32-gptq-out4b8", "int3-asym-g32-rtn-out4", "int3-asym-g32-hqq-out4", "nf4-g32-gptq-out4"])
 def test_in_a_whole_job(recipe, save_model, text_file, tmp_path, stream):
     """A model whose norms write a few huge channels: the error falls by far when those are kept."""
     from lowbit.pipeline.streaming import Batch
@@ -57,10 +57,10 @@ def test_in_a_whole_job(recipe, save_model, text_file, tmp_path, stream):
     error = lambda path: float((stream(path, [Batch(ids)])[0] - original).square().mean())
     run = lambda name, words: quantize(folder, words, tmp_path / name, calibration=text_file, n_samples=16, seq_len=64, dtype="float32", target_name="safetensors")
     made = run("kept", recipe)
-    run("plain", recipe.removesuffix("-out4"))
+    run("plain", recipe.removesuffix("b8").removesuffix("-out4"))
     share = 0.95 if "gptq" in recipe else 1.05  # without data the channels are chosen by the weights, which do not show the outliers
     assert error(tmp_path / "kept") < share * error(tmp_path / "plain")
-    assert all(record["scheme"].endswith("-out4") and "notes" not in record for record in made.layers.values())
+    assert all(record["scheme"].endswith(recipe.rpartition("-")[2]) and "notes" not in record for record in made.layers.values())
     assert open_checkpoint(tmp_path / "kept").tensors
 
 
@@ -73,3 +73,17 @@ def test_where_it_cannot_be(model_folder, text_file, tmp_path):
         quantize(model_folder("llama"), "int4-g32-autoround-out4", tmp_path / "out", calibration=text_file)
     with pytest.raises(RecipeError, match="outliers is 0"):
         Scheme(outliers=0)
+
+
+def test_in_eight_bits():
+    """Half the bytes, and an error of at most half a code of the channel's own scale."""
+    W = weights()
+    scheme = Scheme(bits=3, block=(1, 32), outliers=4, outlier_bits=8)
+    made = numerics.quantize(W, scheme)
+    index = made.parts["outlier_index"].long()
+    step = W[:, index].abs().amax(0) / 127
+    assert ((numerics.dequantize(made) - W)[:, index].abs() <= 0.51 * step).all()
+    assert numerics.nbytes(scheme, (16, 96)) == sum(-(-p.numel() * (3 if key == "codes" else 8 * p.element_size()) // 8) for key, p in made.parts.items())
+    assert scheme.name == "int3-sym-g32-out4b8"
+    with pytest.raises(RecipeError, match="expected 8 or 16"):
+        Scheme(outliers=4, outlier_bits=4)

@@ -127,6 +127,8 @@ def test_smoothquant_searches_an_alpha_for_each_place(model_folder, tmp_path, te
     errors = [_error(reader, scale) for scale in scales]
     assert torch.equal(found, scales[errors.index(min(errors))]) and min(errors) < errors[10]
     recipe = tmp_path / "r.toml"
-    recipe.write_text('scheme = "int8-sym-channel-smoothquant-rtn-a8"\n[transforms.smoothquant]\nsearch = true\n')
+    recipe.write_text('scheme = "int8-sym-channel-smoothquant-rtn-a8"\n[transforms.smoothquant]\nsearch = true\nlinears = true\n')
     lowbit.quantize(model_folder("llama"), recipe, tmp_path / "out", target_name="safetensors", calibration=text_file, n_samples=4, seq_len=64)
     assert kl(tmp_path / "out", model_folder("llama"), text_file) < 0.01
+    layers = json.loads((tmp_path / "out" / "lowbit.json").read_text())["layers"]
+    assert all("smoothquant" in layer["transforms"] for layer in layers.values())
