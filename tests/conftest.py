@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,14 +132,17 @@ def load_plain():
 
 @pytest.fixture(scope="session")
 def stream():
-    """stream(folder, batches, dtype=float32, file=None): the logits of each micro-batch, block by block; file: a folder for hidden states."""
+    """stream(folder, batches, dtype=float32, file=None, activations=True): the logits of each micro-batch, block by block; file: a folder for hidden states.
+
+    activations=False: inputs that the checkpoint rounds are not rounded."""
     from lowbit.checkpoints import open_checkpoint
     from lowbit.models import skeleton as sk
     from lowbit.pipeline.hidden import HiddenStates
     from lowbit.pipeline.streaming import Streamer
 
-    def run(folder: Path, batches: list, *, dtype: torch.dtype = torch.float32, file: Path | None = None) -> list[torch.Tensor]:
-        streamer = Streamer(sk.build(open_checkpoint(folder)), batches, dtype=dtype)
+    def run(folder: Path, batches: list, *, dtype: torch.dtype = torch.float32, file: Path | None = None, activations: bool = True) -> list[torch.Tensor]:
+        checkpoint = open_checkpoint(folder)
+        streamer = Streamer(sk.build(checkpoint if activations else replace(checkpoint, activations={})), batches, dtype=dtype)
         states = [HiddenStates(streamer.shapes, streamer.hidden_size, dtype, file=file and file / f"{i}.bin") for i in range(2)]
         streamer.record(states[0])
         for index in range(streamer.depth):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ..errors import CheckpointError, RecipeError
 from ..scheme import Scheme
-from . import compressed_tensors, gguf, safetensors
+from . import compressed_tensors, ct_layouts, gguf, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 
-__all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "open_checkpoint", "target"]
+__all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "open_checkpoint", "target"]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,6 @@
-"""compressed-tensors folders, format "pack-quantized": what vLLM and transformers (with the compressed-tensors package) load.
+"""compressed-tensors folders: what vLLM and transformers (with the compressed-tensors package) load. The layouts of single matrices are in ct_layouts.py.
 
-Of a linear X [N, K] with b-bit codes and G scales a row (layout of version 0.20; https://github.com/vllm-project/compressed-tensors):
-
-    X.weight_packed      int32 [N, ceil(K * b / 32)]   each row one LSB-first stream of codes, as numerics.packing
-    X.weight_scale       [N, G]; [N, 1] per channel, [1] per tensor
-    X.weight_zero_point  int32 [ceil(N * b / 32), G], packed along the rows; int8 [1], signed, per tensor; only when asymmetric
-    X.weight_shape       int64 [2] = N, K
-
-Their codes are signed, q = code - 2^(b-1), but stored with 2^(b-1) added: the stored field is lowbit's unsigned code, and so is
-the zero-point's. K must be a multiple of the group size. Versions before 0.20 put 32 // b codes into a word, which differs for
-3, 5, 6 and 7 bits; such files are refused.
+K must be a multiple of the group size. Versions before 0.20 put 32 // b codes into a word of pack-quantized, which differs for 3, 5, 6 and 7 bits; such files are refused.
 
 What loads in transformers 5.23 with compressed-tensors 0.20 (run by tests/checkpoints/test_compressed_tensors.py), where D is
 CompressedTensorsConfig(dequantize=True); where it says no, the reader stops, not the layout:
@@ -21,6 +12,8 @@ CompressedTensorsConfig(dequantize=True); where it says no, the reader stops, no
     MoE, symmetric experts of one scheme (by per-expert names, w1 or gate_proj)   with D and without; the other linears as above
     MoE, asymmetric or dense experts                                              no
     MoE, experts of several schemes                                               no: the first group decodes all, no error
+    rounded activations (int-quantized, float-quantized)                          without D; with it activations stay as they are
+    nvfp4, mxfp4, mxfp8              in bfloat16, or with D
 
 Without D the scales are cast to the model's dtype, so scale_dtype should be that dtype; with D the product is rounded to scale_dtype.
 """
@@ -28,8 +21,10 @@ Without D the scales are cast to the model's dtype, so scale_dtype should be tha
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,35 +32,40 @@ from torch import Tensor
 
 from .. import numerics
 from ..errors import CheckpointError, RecipeError, ShapeError
-from ..numerics import packing
-from ..scheme import CASTS, INT, Scheme
+from ..scheme import CASTS, INT, Activation, Rounding, Scheme
 from ..tensor import QuantizedTensor
-from . import safetensors
+from . import ct_layouts, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
+from .ct_layouts import FLOATS, LAYOUTS, PACKED, layout_of
 
 KIND = "compressed-tensors"
-PACKED = "pack-quantized"
 VERSION = "0.20.0"
 GROUP_SIZES = (256, 128, 64, 32, 16)
-_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-_FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale")
+_FAMILIES = ({PACKED, "int-quantized"}, {"float-quantized", "naive-quantized"})  # layouts whose schemes another writer may put into either
+_INPUT_PARTS = ("input_scale", "input_zero_point")
+_FORMATS = "int2 to int8, fp8 (E4M3 per channel or tensor), nvfp4, mxfp4, mxfp8 (E4M3)"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def check(scheme: Scheme, shape: tuple[int, ...], name: str) -> None:
     """Raise RecipeError or ShapeError when compressed-tensors cannot hold a matrix [out_features, in_features] in this scheme."""
     layer = name.removesuffix(".weight")
-    if scheme.format not in (INT, *CASTS):
+    if scheme.format not in CASTS and layout_of(scheme) is None:
+        plain = replace(scheme, act=None)
+        if scheme.outliers is not None:
+            raise RecipeError(f"{layer}: compressed-tensors has no place for outlier channels ({scheme.name}). Use --to safetensors, which writes the decoded values.")
+        if scheme.act is not None and layout_of(plain) is not None:
+            raise RecipeError(
+                f"{layer}: compressed-tensors has no layout for {plain.name} with inputs rounded as {scheme.act.name}; it has integers with integers, fp8 with fp8, MX formats with MX formats, "
+                "and no threshold. Use --to safetensors, which keeps the rounding in its provenance."
+            )
+        if scheme.format == INT:
+            raise RecipeError(f"{layer}: compressed-tensors has whole zero-points and groups along rows, and {scheme.name} has not. Use --to safetensors, which writes the decoded values.")
         raise RecipeError(
-            f"{layer}: compressed-tensors cannot hold {scheme.name}; it holds int2 to int8 and {', '.join(CASTS)}. "
+            f"{layer}: compressed-tensors cannot hold {scheme.name}; it holds {_FORMATS} and {', '.join(CASTS)}. "
             "Use one of those, --to gguf for ggml's types, or --to safetensors, which writes the decoded values."
         )
-    if scheme.act is not None:
-        raise RecipeError(f"{layer}: rounded activations ({scheme.name}) are not written as compressed-tensors yet. Use --to safetensors, which keeps them in its provenance.")
-    if scheme.outliers is not None:
-        raise RecipeError(f"{layer}: compressed-tensors has no place for outlier channels ({scheme.name}). Use --to safetensors, which writes the decoded values.")
-    if scheme.format == INT and (scheme.zero_dtype != "int" or scheme.block[0] > 1):
-        raise RecipeError(f"{layer}: compressed-tensors has whole zero-points and groups along rows, and {scheme.name} has not. Use --to safetensors, which writes the decoded values.")
     numerics.check_shape(scheme, shape, name=layer)
     if scheme.format != INT or scheme.group_size == -1 or shape[1] % scheme.group_size == 0:
         return
@@ -78,10 +78,10 @@ def check(scheme: Scheme, shape: tuple[int, ...], name: str) -> None:
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
-    """Write a checkpoint as a compressed-tensors folder; integers are packed, casts become dense weights.
+    """Write a checkpoint as a compressed-tensors folder; casts become dense weights.
 
     folder must exist and be empty. Tensors are streamed one by one, by name in natural order. progress is told the bytes of each
-    step. A checkpoint without integers becomes a plain folder without quantization_config. Raises as check does, before any work.
+    step. A checkpoint with nothing but casts becomes a plain folder without quantization_config. Raises as check does, before any work.
     """
     for name, entry in checkpoint.quantized.items():
         if not name.endswith(".weight"):
@@ -109,51 +109,25 @@ def _stored(checkpoint: Checkpoint, name: str) -> dict[str, Tensor | LazyTensor]
     if name in checkpoint.tensors:
         return {name: checkpoint.tensors[name]}
     qt = checkpoint.quantized[name].load()
-    if qt.scheme.format != INT:
+    if qt.scheme.format in CASTS:
         return {name: qt.parts["weight"]}
-    return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in encode(qt).items()}
-
-
-def encode(qt: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors that stand for an integer matrix, by their local names; the inverse of decode."""
-    per_tensor = qt.scheme.block == (-1, -1)
-    scale = qt.parts["scale"]
-    parts = {"weight_packed": packing.pack(qt.parts["codes"], qt.scheme.bits), "weight_scale": scale.reshape(1) if per_tensor else scale}
-    if not qt.scheme.symmetric:
-        zero = qt.parts["zero_point"]
-        if per_tensor:
-            parts["weight_zero_point"] = (zero.to(torch.int16).reshape(1) - qt.scheme.zero_code).to(torch.int8)
-        else:
-            parts["weight_zero_point"] = packing.pack(zero.T.contiguous(), qt.scheme.bits).T.contiguous()
-    parts["weight_shape"] = torch.tensor(qt.shape, dtype=torch.int64)
-    return parts
-
-
-def decode(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: str) -> QuantizedTensor:
-    """The integer matrix that tensors of these local names stand for; shapes were checked before."""
-    rows, columns = shape
-    scale = parts["weight_scale"].reshape(-1, scheme.groups(columns))
-    decoded = {"codes": packing.unpack(parts["weight_packed"], scheme.bits, columns), "scale": scale}
-    if not scheme.symmetric:
-        zero = parts["weight_zero_point"]
-        if scheme.block == (-1, -1):
-            decoded["zero_point"] = (zero.to(torch.int16) + scheme.zero_code).to(torch.uint8).reshape(1, 1)
-        else:
-            decoded["zero_point"] = packing.unpack(zero.T.contiguous(), scheme.bits, rows).T.contiguous()
-    return QuantizedTensor(scheme, shape, dtype, decoded)
+    parts = ct_layouts.encode(qt)
+    if name in checkpoint.activations:
+        parts |= ct_layouts.activation_tensors(checkpoint.activations[name])
+    return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict | None:
-    """The section of config.json; None when no weight is an integer.
+    """The section of config.json; None when no weight is quantized (casts are not).
 
     One config group per distinct scheme. Its target is "Linear" when there is one scheme; with several, the exact names (a class
     name among them would win over exact names in vLLM's fused qkv_proj). Experts then get a group and a regex of their own, because
     transformers finds the experts' group by a regex that names them.
     """
-    packed = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format == INT]
+    packed = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format not in CASTS]
     if not packed:
         return None
-    schemes = {name.removesuffix(".weight"): _weights_args(checkpoint.quantized[name].scheme) for name in sorted(packed, key=natural_key)}
+    schemes = {name.removesuffix(".weight"): _arguments(checkpoint.quantized[name].scheme) for name in sorted(packed, key=natural_key)}
     distinct = {json.dumps(args): args for args in schemes.values()}
     if len(distinct) == 1:
         groups = [_group(["Linear"], *distinct.values())]
@@ -163,9 +137,10 @@ def quantization_config(checkpoint: Checkpoint) -> dict | None:
             members.setdefault((bool(_EXPERT.search(module)), json.dumps(args)), []).append(module)
         ordered = sorted(members.items(), key=lambda item: item[0][0])
         groups = [_group(_expert_targets(modules, schemes) if expert else modules, distinct[key]) for (expert, key), modules in ordered]
+    formats = {group["format"] for group in groups}
     return {
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "format": PACKED,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": _dense_linears(checkpoint),
         "kv_cache_scheme": None,
@@ -175,14 +150,15 @@ def quantization_config(checkpoint: Checkpoint) -> dict | None:
     }
 
 
-def _weights_args(scheme: Scheme) -> dict:
-    strategy = {(1, -1): "channel", (-1, -1): "tensor"}.get(scheme.block, "group")
-    group_size = scheme.group_size if strategy == "group" else None
-    return {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": strategy, "group_size": group_size, "dynamic": False}
+def _arguments(scheme: Scheme) -> dict:
+    """weights, input_activations and format of a config group."""
+    layout = layout_of(scheme)
+    assert layout is not None
+    return {"weights": LAYOUTS[layout].arguments(scheme), "input_activations": None if scheme.act is None else ct_layouts.activation_arguments(scheme.act), "format": layout}
 
 
-def _group(targets: list[str], weights: dict) -> dict:
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": PACKED}
+def _group(targets: list[str], arguments: dict) -> dict:
+    return {"targets": targets, "weights": arguments["weights"], "input_activations": arguments["input_activations"], "output_activations": None, "format": arguments["format"]}
 
 
 def _expert_targets(modules: list[str], schemes: Mapping[str, dict]) -> list[str]:
@@ -197,7 +173,7 @@ def _expert_targets(modules: list[str], schemes: Mapping[str, dict]) -> list[str
 
 def _dense_linears(checkpoint: Checkpoint) -> list[str]:
     """Modules with a matrix that stays dense, without embeddings; a head that is tied to the embedding has no tensor, yet is a linear."""
-    dense = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format != INT]
+    dense = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format in CASTS]
     dense += [name for name, tensor in checkpoint.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
     modules = {name.removesuffix(".weight") for name in dense}
     if "lm_head.weight" not in checkpoint.quantized:
@@ -211,10 +187,10 @@ def _is_embedding(module: str) -> bool:
 
 
 def open_folder(path: Path) -> Checkpoint:
-    """Open a compressed-tensors folder: packed integers become quantized weights, with their codes exactly as written.
+    """Open a compressed-tensors folder: its matrices become quantized weights, with their codes exactly as written.
 
-    The range of the schemes is "half", the library's convention; dtype is config.json's. Raises CheckpointError naming a format
-    that is not pack-quantized, a tensor that is missing or too many, and one whose shape contradicts weight_shape.
+    The range of integer schemes is "half", the library's convention; dtype is config.json's. Raises CheckpointError naming a format
+    that is not read, a tensor that is missing or too many, and one whose shape contradicts the others.
     """
     config = safetensors.read_json(path / "config.json")
     section = config.get("quantization_config")
@@ -222,16 +198,42 @@ def open_folder(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / 'config.json'}: quantization_config is {section!r}; expected an object.")
     groups = _read_groups(section, path)
     tensors = safetensors.open_tensors(path)
-    modules = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
-    quantized = {f"{module}.weight": _open_module(module, tensors, _group_of(module, groups, path), config, path) for module in modules}
-    used = {f"{module}.{part}" for module in modules for part in _PARTS}
+    packed = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    plain = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale") and f"{name.removesuffix('_scale')}_packed" not in tensors]
+    modules = [*packed, *(module for module in plain if f"{module}.weight" in tensors)]
+    quantized, activations, used = {}, {}, set()
+    for module in modules:
+        scheme, layout = _group_of(module, groups, path)
+        name = f"{module}.weight"
+        quantized[name] = _open_module(module, tensors, scheme, layout, config, path)
+        used |= {f"{module}.{part}" for part in LAYOUTS[layout].shapes(scheme, quantized[name].shape)}
+        if scheme.act is not None:
+            activations[name] = _read_rounding(module, tensors, scheme.act, path)
+            used |= {f"{module}.{part}" for part in _INPUT_PARTS}
     dense = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_leftovers(dense, path)
-    return Checkpoint(KIND, path, config, tensors=dense, quantized=quantized, files=safetensors.side_files(path), provenance=safetensors.read_provenance(path))
+    provenance = safetensors.read_provenance(path)
+    return Checkpoint(KIND, path, config, tensors=dense, quantized=quantized, files=safetensors.side_files(path), provenance=provenance, activations=activations)
 
 
-def _read_groups(section: dict, path: Path) -> list[tuple[list[str], Scheme]]:
-    """(targets, scheme) of every config group; scale_dtype is filled in from the file later."""
+def _read_rounding(module: str, tensors: Mapping[str, LazyTensor], act: Activation, path: Path) -> Rounding:
+    """The rounding of a module's inputs; of a static one with the scale that the file holds."""
+    if not act.static:
+        return Rounding(act)
+    values = {}
+    for part in _INPUT_PARTS[: 1 if act.symmetric else 2]:
+        lazy = tensors.get(f"{module}.{part}")
+        if lazy is None or lazy.numel != 1:
+            raise CheckpointError(f"{path}: {module}.{part} is {'missing' if lazy is None else list(lazy.shape)}; a static scale of activations is one number.")
+        values[part] = float(lazy.load().reshape(()).float())
+    scale = values["input_scale"]
+    if not (math.isfinite(scale) and scale > 0):
+        raise CheckpointError(f"{path}: {module}.input_scale is {scale}; expected a positive number.")
+    return Rounding(act, scale, values["input_zero_point"] + 2 ** (act.bits - 1) if not act.symmetric else 0.0)
+
+
+def _read_groups(section: dict, path: Path) -> list[tuple[list[str], Scheme, str]]:
+    """(targets, scheme, layout) of every config group; scale_dtype is filled in from the file later."""
     groups = section.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise CheckpointError(f"{path}: quantization_config.config_groups is {groups!r}; expected an object of groups.")
@@ -248,28 +250,50 @@ def _read_groups(section: dict, path: Path) -> list[tuple[list[str], Scheme]]:
     return [_read_group(name, group, section.get("format"), path) for name, group in groups.items()]
 
 
-def _read_group(name: str, group: dict, default_format: str | None, path: Path) -> tuple[list[str], Scheme]:
+def _read_group(name: str, group: dict, default_format: str | None, path: Path) -> tuple[list[str], Scheme, str]:
     where = f"{path}: config group {name!r}"
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise CheckpointError(f"{where} is {group!r}; expected an object with targets and weights.")
-    stored = group.get("format") or default_format
-    if stored != PACKED:
-        raise CheckpointError(f"{where} has the format {stored!r}; of compressed-tensors this version reads {PACKED}.")
-    for key in ("input_activations", "output_activations"):
-        if group.get(key):
-            raise CheckpointError(f"{where} quantizes activations ({key}), which this version does not read.")
+    layout = group.get("format") or default_format
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"{where} has the format {layout!r}; of compressed-tensors this version reads {', '.join(LAYOUTS)}.")
+    if group.get("output_activations"):
+        raise CheckpointError(f"{where} quantizes activations (output_activations), which this version does not read.")
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"{where} has the targets {targets!r}; expected a list of names.")
-    return targets, _read_scheme(group["weights"], where)
+    scheme = replace(_read_scheme(group["weights"], where), act=_read_activation(group.get("input_activations"), where))
+    alike = next((family for family in _FAMILIES if layout in family), {layout})
+    if layout_of(replace(scheme, act=None)) not in alike or layout_of(scheme) is None:
+        raise CheckpointError(f"{where}: the format {layout!r} does not go with weights {scheme.name}.")
+    return targets, scheme, layout
+
+
+def _read_activation(args: object, where: str) -> Activation | None:
+    if not args:
+        return None
+    if not isinstance(args, dict):
+        raise CheckpointError(f"{where}: input_activations is {args!r}; expected an object.")
+    kind, bits, strategy, dynamic = args.get("type", "int"), args.get("num_bits"), args.get("strategy"), args.get("dynamic", False)
+    per = "tensor" if strategy is None and not dynamic else strategy
+    formats = {("int", bits): INT, ("float", 8): "fp8_e4m3"}
+    if strategy == "group" and args.get("group_size") == 32 and kind == "float" and dynamic is True:
+        formats, per = {("float", 8): "mxfp8_e4m3", ("float", 4): "mxfp4"}, "token"
+    found = formats.get((kind, bits))
+    if found is None or per not in ("token", "tensor") or type(bits) is not int or not 2 <= bits <= 8 or type(dynamic) is not bool:
+        raise CheckpointError(f"{where} quantizes activations (input_activations) as {args!r}, which this version does not read.")
+    try:
+        return Activation(found, bits, symmetric=bool(args.get("symmetric", True)), per=per, static=not dynamic)
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _read_scheme(args: dict, where: str) -> Scheme:
-    bits, size, symmetric = args.get("num_bits"), args.get("group_size"), args.get("symmetric", True)
-    if args.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8 or type(symmetric) is not bool:
-        raise CheckpointError(f"{where}: num_bits {bits!r}, type {args.get('type')!r}, symmetric {symmetric!r}; expected int of 2 to 8 bits.")
+    bits, size, symmetric, kind = args.get("num_bits"), args.get("group_size"), args.get("symmetric", True), args.get("type", "int")
+    if kind not in ("int", "float") or type(bits) is not int or not 2 <= bits <= 8 or type(symmetric) is not bool or (kind == "float" and (bits not in (4, 8) or not symmetric)):
+        raise CheckpointError(f"{where}: num_bits {bits!r}, type {kind!r}, symmetric {symmetric!r}; expected int of 2 to 8 bits, or symmetric float of 4 or 8.")
     strategy = args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    if strategy == "group":
+    if strategy in ("group", "tensor_group"):
         if type(size) is not int or size < 1:
             raise CheckpointError(f"{where}: group_size is {size!r}; expected a positive number.")
         block = (1, size)
@@ -277,13 +301,18 @@ def _read_scheme(args: dict, where: str) -> Scheme:
         block = (1, -1) if strategy == "channel" else (-1, -1)
     else:
         raise CheckpointError(f"{where}: strategy {strategy!r} is not read; expected one of group, channel, tensor.")
-    return Scheme(bits=bits, block=block, symmetric=symmetric, range="half")
+    if kind == "int":
+        return Scheme(bits=bits, block=block, symmetric=symmetric, range="half")
+    names = {(8, (1, -1)): "fp8_e4m3", (8, (-1, -1)): "fp8_e4m3", (8, (1, 32)): "mxfp8_e4m3", (4, (1, 32)): "mxfp4", (4, (1, 16)): "nvfp4"}
+    if (bits, block) not in names:
+        raise CheckpointError(f"{where}: {bits}-bit floats with strategy {strategy!r} and group_size {size!r} are not read.")
+    return Scheme(names[bits, block], bits, block)
 
 
-def _group_of(module: str, groups: list[tuple[list[str], Scheme]], path: Path) -> Scheme:
-    """The scheme of the group that targets a module: by its exact name, else by a regex, else by a class name, as the library does."""
+def _group_of(module: str, groups: list[tuple[list[str], Scheme, str]], path: Path) -> tuple[Scheme, str]:
+    """The scheme and the layout of the group that targets a module: by its exact name, else by a regex, else by a class name, as the library does."""
     if len(groups) == 1:
-        return groups[0][1]
+        return groups[0][1:]
     tests = (
         lambda target: target == module,
         lambda target: target.startswith("re:") and _matches(target.removeprefix("re:"), module, path),
@@ -291,9 +320,9 @@ def _group_of(module: str, groups: list[tuple[list[str], Scheme]], path: Path) -
         lambda target: target.isidentifier(),
     )
     for test in tests:
-        for targets, scheme in groups:
+        for targets, scheme, layout in groups:
             if any(test(target) for target in targets):
-                return scheme
+                return scheme, layout
     raise CheckpointError(f"{path}: {module} is packed, but no config group targets it.")
 
 
@@ -304,58 +333,57 @@ def _matches(pattern: str, module: str, path: Path) -> bool:
         raise CheckpointError(f"{path}: the target {pattern!r} is not a regular expression: {error}.") from error
 
 
-def _open_module(module: str, tensors: Mapping[str, LazyTensor], scheme: Scheme, config: dict, path: Path) -> LazyQuantized:
-    parts = {part: tensors[f"{module}.{part}"] for part in _PARTS if f"{module}.{part}" in tensors}
-    needed = [part for part in _PARTS if part != "weight_zero_point" or not scheme.symmetric]
-    if missing := [part for part in needed if part not in parts]:
-        raise CheckpointError(f"{path}: {module} has no {missing[0]}. The download is incomplete.")
-    if extra := [part for part in (*parts, "weight") if part not in needed and f"{module}.{part}" in tensors]:
-        raise CheckpointError(f"{path}: {module} has {extra[0]}, which its scheme {scheme.name} does not use.")
-    shape = _read_shape(module, parts["weight_shape"], path)
+def _open_module(module: str, tensors: Mapping[str, LazyTensor], scheme: Scheme, layout: str, config: dict, path: Path) -> LazyQuantized:
+    kind = LAYOUTS[layout]
+    shape = _read_shape(module, tensors, layout, path)
     if scheme.group_size != -1 and shape[1] % scheme.group_size:
-        raise CheckpointError(f"{path}: {module}: weight_shape is {list(shape)}, whose columns are not a multiple of group_size {scheme.group_size}.")
-    _check_parts(module, parts, scheme, shape, path)
-    scale_dtype = _FLOATS[parts["weight_scale"].dtype]
-    scheme = Scheme(**{**scheme.__dict__, "scale_dtype": scale_dtype})
+        raise CheckpointError(f"{path}: {module}: its shape is {list(shape)}, whose columns are not a multiple of group_size {scheme.group_size}.")
+    expected = kind.shapes(scheme, shape)
+    if missing := [part for part in expected if f"{module}.{part}" not in tensors]:
+        raise CheckpointError(f"{path}: {module} has no {missing[0]}. The download is incomplete.")
+    if extra := [part for part in (*_PARTS, "weight") if part != "weight_global_scale" and part not in expected and f"{module}.{part}" in tensors]:
+        raise CheckpointError(f"{path}: {module} has {extra[0]}, which its scheme {scheme.name} does not use.")
+    parts = {part: tensors[f"{module}.{part}"] for part in expected}
+    for part, (size, dtypes) in expected.items():
+        if parts[part].shape != size or parts[part].dtype not in dtypes:
+            hint = " Releases before 0.20 packed this width otherwise." if part == "weight_packed" and scheme.format == INT and 32 % scheme.bits else ""
+            source = f"{'weight_shape' if layout == PACKED else 'the shape'} {list(shape)}"
+            raise CheckpointError(f"{path}: {module}.{part} is {parts[part].dtype} {list(parts[part].shape)}; {source} and {scheme.name} need {dtypes[0]} {list(size)}.{hint}")
+    stored = parts["weight_scale"].dtype
+    scale_dtype = FLOATS.get(stored, scheme.scale_dtype)
+    scheme = replace(scheme, scale_dtype=scale_dtype)
     named = config.get("dtype") or config.get("torch_dtype")
-    dtype = str(named) if named in _FLOATS.values() else scale_dtype
+    dtype = str(named) if named in FLOATS.values() else scale_dtype
 
     def load() -> QuantizedTensor:
         loaded = {part: tensor.load() for part, tensor in parts.items()}
-        if not bool(torch.isfinite(loaded["weight_scale"]).all()):
+        if stored in FLOATS and not bool(torch.isfinite(loaded["weight_scale"]).all()):
             raise CheckpointError(f"{path}: {module}.weight_scale holds NaN or infinity. The file is damaged.")
-        return decode(loaded, scheme, shape, dtype)
+        try:
+            return kind.decode(loaded, scheme, shape, dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {module}: {error}") from error
 
     return LazyQuantized(scheme, shape, getattr(torch, dtype), load, sum(tensor.nbytes for tensor in parts.values()))
 
 
-def _read_shape(module: str, stored: LazyTensor, path: Path) -> tuple[int, int]:
+def _read_shape(module: str, tensors: Mapping[str, LazyTensor], layout: str, path: Path) -> tuple[int, int]:
+    """N and K of a module, from weight_shape where the layout has it, else from its codes."""
+    if layout != PACKED:
+        main = LAYOUTS[layout].main
+        lazy = tensors.get(f"{module}.{main}")
+        if lazy is None or len(lazy.shape) != 2 or 0 in lazy.shape:
+            raise CheckpointError(f"{path}: {module}.{main} is {'missing' if lazy is None else list(lazy.shape)}; {layout} needs a matrix.")
+        return lazy.shape[0], lazy.shape[1] * (2 if main == "weight_packed" else 1)
+    stored = tensors.get(f"{module}.weight_shape")
+    if stored is None:
+        raise CheckpointError(f"{path}: {module} has no weight_shape. The download is incomplete.")
     if stored.shape != (2,) or stored.dtype not in (torch.int64, torch.int32):
         raise CheckpointError(f"{path}: {module}.weight_shape is {stored.dtype} {list(stored.shape)}; expected two integers.")
     rows, columns = stored.load().tolist()
     if rows < 1 or columns < 1:
         raise CheckpointError(f"{path}: {module}.weight_shape is {[rows, columns]}; expected positive numbers.")
     return rows, columns
-
-
-def _check_parts(module: str, parts: Mapping[str, LazyTensor], scheme: Scheme, shape: tuple[int, int], path: Path) -> None:
-    """Refuse tensors whose shape or dtype contradicts weight_shape, before they are used."""
-    rows, columns = shape
-    per_tensor, groups = scheme.block == (-1, -1), scheme.groups(columns)
-    expected = {
-        "weight_packed": ((rows, packing.words_per_row(columns, scheme.bits)), (torch.int32,)),
-        "weight_scale": ((1,) if per_tensor else (rows, groups), tuple(_FLOATS)),
-        "weight_zero_point": ((1,), (torch.int8,)) if per_tensor else ((packing.words_per_row(rows, scheme.bits), groups), (torch.int32,)),
-    }
-    for part, (size, dtypes) in expected.items():
-        if part not in parts:
-            continue
-        found = parts[part]
-        if found.shape != size or found.dtype not in dtypes:
-            hint = " Releases before 0.20 packed this width otherwise." if part == "weight_packed" and 32 % scheme.bits else ""
-            raise CheckpointError(
-                f"{path}: {module}.{part} is {found.dtype} {list(found.shape)}; weight_shape {list(shape)} and {scheme.name} need {dtypes[0]} {list(size)}.{hint}"
-            )
 
 
 def _refuse_leftovers(names: Iterable[str], path: Path) -> None:

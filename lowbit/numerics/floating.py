@@ -11,7 +11,7 @@
     nvfp4       E2M1           16     E4M3 times a float32 of the whole matrix    6
 
 Elements round to nearest, halves to even, and saturate. OCP Microscaling Formats (MX) v1.0, section 5 and 6.3; Micikevicius et al., "FP8 Formats
-for Deep Learning", arXiv:2209.05433; NVFP4 as in compressed-tensors (global scale 448 * 6 / max|W|, stored as its reciprocal here).
+for Deep Learning", arXiv:2209.05433; NVFP4 as in compressed-tensors (global scale 448 * 6 / max|W|: block scales are multiplied by it when stored, and divided by it when used).
 """
 
 from __future__ import annotations
@@ -110,13 +110,13 @@ def scales_from(scale: Tensor, scheme: Scheme, total: Tensor | None) -> dict[str
         return {"scale": _exponents(scale * kind.element.largest, kind.element)}
     if kind.scale == "nvfp4":
         assert total is not None
-        return {"scale": encode((scale / total).clamp(min=2.0**-9), E4M3), "global_scale": total}
+        return {"scale": encode((scale * total).clamp(min=2.0**-9), E4M3), "global_scale": total}
     return {"scale": integer.round_scale(scale, scheme).to(getattr(torch, scheme.scale_dtype))}
 
 
 def global_scale(largest: Tensor) -> Tensor:
-    """NVFP4's scale of a whole matrix whose largest magnitude is largest: block scales then reach 448."""
-    return torch.where(largest == 0, 1.0, largest / (E4M3.largest * E2M1.largest)).float()
+    """NVFP4's factor of a whole matrix whose largest magnitude is largest: its block scales then reach 448."""
+    return torch.where(largest == 0, 1.0, E4M3.largest * E2M1.largest / largest).clamp(max=3e38).float()
 
 
 def _exponents(absmax: Tensor, element: Element) -> Tensor:
@@ -132,7 +132,7 @@ def effective_scale(parts: dict[str, Tensor], scheme: Scheme) -> Tensor:
         return scale.float()
     if kind.scale == "e8m0":
         return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
-    return decode(scale, E4M3) * parts["global_scale"]
+    return decode(scale, E4M3) / parts["global_scale"]
 
 
 def encode(x: Tensor, element: Element) -> Tensor:

@@ -23,12 +23,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from .. import numerics
-from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, gguf, gguf_arch, open_checkpoint, safetensors
+from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, ct_layouts, gguf, gguf_arch, open_checkpoint, safetensors
+from ..checkpoints.ct_layouts import layout_of
 from ..errors import CheckpointError, ModelError, RecipeError, ShapeError
 from ..models import skeleton as sk
 from ..models.linears import find_linears, outside_matrices
 from ..numerics.ggml import BLOCK_TYPES
-from ..numerics.packing import words_per_row
 from ..recipe import Recipe
 from ..scheme import CASTS, INT, Scheme
 from . import resources
@@ -404,14 +404,8 @@ def _as_written(model: _Model, target_name: str, schemes: dict[str, Scheme]) -> 
 
 @lru_cache(maxsize=4096)
 def stored_bytes(scheme: Scheme, shape: tuple[int, int]) -> int:
-    """Bytes of a matrix [out_features, in_features] in a compressed-tensors file (integers: see its diagram), or of its blocks or its cast."""
-    if scheme.format != INT:
-        return numerics.nbytes(scheme, shape)
-    rows, columns = shape
-    groups, per_tensor = scheme.groups(columns), scheme.block == (-1, -1)
-    scales = (1 if per_tensor else rows * groups) * getattr(torch, scheme.scale_dtype).itemsize
-    zeros = 0 if scheme.symmetric else 1 if per_tensor else 4 * groups * words_per_row(rows, scheme.bits)
-    return 4 * rows * words_per_row(columns, scheme.bits) + scales + zeros + 2 * 8
+    """Bytes of a matrix [out_features, in_features] in a compressed-tensors file, or of its blocks or its cast."""
+    return numerics.nbytes(scheme, shape) if layout_of(scheme) is None else ct_layouts.nbytes(scheme, shape)
 
 
 def _gguf_bytes(checkpoint: Checkpoint) -> int:

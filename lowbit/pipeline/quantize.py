@@ -22,6 +22,7 @@ from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint
 from ..errors import RecipeError
 from ..progress import SILENT, Progress
 from ..recipe import Recipe
+from ..scheme import Rounding
 from ..transforms import of_blocks
 from . import recipes, resources
 from .blocks import part, rewritten, run
@@ -183,7 +184,8 @@ def _assemble(setup: Setup, windows: Windows | None, job: Job, tokenizer) -> Che
         for name, value in job.tensors(rewritten(index)).items():
             tensors[name] = _held(value.to(setup.checkpoint.lazy(name).dtype))
     provenance = _provenance(setup, windows, records)
-    made = replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance)
+    activations = {name: Rounding.from_dict(record["activation"]) for name, record in records.items() if "activation" in record}
+    made = replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance, activations=activations)
     return made if setup.recipe.target != "safetensors" else as_stored_dense(made, [x for block in setup.linears for x in block])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import numerics
 from ..algorithms import ALGORITHMS, check_format, make_options
-from ..checkpoints import TARGETS, target
+from ..checkpoints import TARGETS, ct_layouts, target
 from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
 from ..models.arch import ROUTERS
@@ -110,9 +110,7 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
 
 def _only_dense(scheme: Scheme) -> bool:
     """Whether no other target holds the scheme: its decoded values are written then."""
-    own = (*codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *additive.KINDS)
-    other_integers = scheme.format == INT and (scheme.zero_dtype == "float" or scheme.block[0] > 1)
-    return scheme.act is not None or scheme.outliers is not None or scheme.format in own or other_integers
+    return scheme.format not in (*CASTS, *BLOCK_TYPES) and ct_layouts.layout_of(scheme) is None
 
 
 def _short(text: str, *, name: str) -> Draft:
@@ -377,7 +375,7 @@ def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) 
         notes.append(f"Group size not given: {scheme.name} ({why})." if fitting else f"No group size divides every layer: {scheme.name}.")
     if recipe.target == "safetensors" and _only_dense(scheme):
         notes.append(f"No file format that lowbit writes holds {scheme.name} yet: the values are written as dense weights, in the model's own dtype.")
-    if scheme.format == INT and not draft.scale_given:
+    if (scheme.format == INT or (scheme.format in ("fp8_e4m3", "fp8_e5m2") and recipe.target == "compressed-tensors")) and not draft.scale_given:
         scheme = replace(scheme, scale_dtype="float16" if recipe.target == "gguf" else model_dtype)
     given = draft.rule_groups_given or (True,) * len(recipe.rules)
     rules = tuple(_settle_rule(rule, scheme, own_group) for rule, own_group in zip(recipe.rules, given, strict=True))

@@ -33,7 +33,7 @@ def test_what_is_written_runs_with_rounded_activations(model_folder, tmp_path, t
 
 
 def test_logits_are_those_of_a_plain_model_whose_linears_round_their_inputs(model_folder, load_plain, stream, tmp_path, text_file):
-    lowbit.quantize(model_folder("llama"), "w8a8", tmp_path / "out", calibration=text_file)
+    lowbit.quantize(model_folder("llama"), "w8a8", tmp_path / "out", target_name="safetensors", calibration=text_file)
     ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     plain = load_plain(tmp_path / "out")
 
@@ -95,15 +95,15 @@ def test_words_that_cannot_be(recipe, message):
         recipes.parse(recipe)
 
 
-@pytest.mark.parametrize("target", ["compressed-tensors", "gguf"])
-def test_files_that_cannot_say_it_refuse(model_folder, tmp_path, target):
+@pytest.mark.parametrize(("recipe", "target"), [("llm-int8", "compressed-tensors"), ("int4-sym-g32-rtn-afp8", "compressed-tensors"), ("int8-sym-g32-rtn-a8", "gguf")])
+def test_files_that_cannot_say_it_refuse(model_folder, tmp_path, recipe, target):
     with pytest.raises(RecipeError, match="--to safetensors"):
-        lowbit.quantize(model_folder("llama"), "int8-sym-g32-rtn-a8", tmp_path / f"out{'.gguf' if target == 'gguf' else ''}", target_name=target)
+        lowbit.quantize(model_folder("llama"), recipe, tmp_path / f"out{'.gguf' if target == 'gguf' else ''}", target_name=target)
 
 
 @pytest.mark.parametrize("bad", [{"act": {"bits": "8"}}, {"act": {"static": True, "per": "tensor"}}, {"act": {}, "scale": -1.0}, {"act": {"colour": 1}}, 7, {"act": {}, "scale": float("nan")}])
 def test_a_damaged_provenance_is_refused(model_folder, tmp_path, text_file, bad):
-    lowbit.quantize(model_folder("llama"), "w8a8", tmp_path / "out")
+    lowbit.quantize(model_folder("llama"), "w8a8", tmp_path / "out", target_name="safetensors")
     file = tmp_path / "out" / "lowbit.json"
     provenance = json.loads(file.read_text())
     next(iter(provenance["layers"].values()))["activation"] = bad
