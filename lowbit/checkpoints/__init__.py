@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, RecipeError
 from ..scheme import Scheme
-from . import compressed_tensors, ct_layouts, gguf, safetensors
+from . import compressed_tensors, ct_layouts, gguf, gptq, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 
 __all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "open_checkpoint", "target"]
@@ -23,6 +23,7 @@ class Target:
 
     write: (checkpoint, path, progress) -> None; path is an empty folder, or a file to make when suffix is given.
     check: (scheme, shape, name) -> None; raises before work when the layout cannot hold such a matrix, naming what fits.
+    scale_dtype: the only one that the layout has for scales of integers; None: the model's.
     """
 
     write: Callable[..., None]
@@ -30,14 +31,26 @@ class Target:
     default_recipe: str
     consumers: str
     suffix: str = ""
+    scale_dtype: str | None = None
 
 
 TARGETS: dict[str, Target] = {
     "compressed-tensors": Target(
         compressed_tensors.write, compressed_tensors.check, "int4-sym-g64-gptq", "vLLM; transformers with the compressed-tensors package"
     ),
-    "gguf": Target(gguf.write, gguf.check, "int4-sym-g32-gptq", "llama.cpp, Ollama, LM Studio, transformers", suffix=".gguf"),
+    "gguf": Target(gguf.write, gguf.check, "int4-sym-g32-gptq", "llama.cpp, Ollama, LM Studio, transformers", suffix=".gguf", scale_dtype="float16"),
+    "gptq": Target(gptq.write("gptq"), gptq.check("gptq"), "int4-sym-g64-gptq", "transformers with optimum and gptqmodel; vLLM", scale_dtype="float16"),
+    "awq": Target(gptq.write("awq"), gptq.check("awq"), "int4-asym-g64-awq-rtn", "transformers with gptqmodel; vLLM", scale_dtype="float16"),
+    "auto-round": Target(gptq.write("auto-round"), gptq.check("auto-round"), "int4-sym-g64-gptq", "transformers with auto-round", scale_dtype="float16"),
     "safetensors": Target(safetensors.write_folder, lambda scheme, shape, name: None, "int4-sym-g64-gptq", "anything: dense weights that lie on the grid"),
+}
+
+
+READERS: dict[str, Callable[[Path], Checkpoint]] = {
+    "compressed-tensors": compressed_tensors.open_folder,
+    "gptq": gptq.open_folder,
+    "awq": gptq.open_folder,
+    "auto-round": gptq.open_folder,
 }
 
 
@@ -49,7 +62,7 @@ def target(name: str) -> Target:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a GGUF file or a model folder (dense or compressed-tensors); reads headers only."""
+    """Open a GGUF file or a model folder, dense or in a layout of READERS; reads headers only."""
     if path.is_file():
         if path.suffix == ".gguf":
             return gguf.open_file(path)
@@ -64,6 +77,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     method = safetensors.quant_method(safetensors.read_json(path / "config.json"), path)
     if method is None:
         return safetensors.open_folder(path)
-    if method == "compressed-tensors":
-        return compressed_tensors.open_folder(path)
-    raise CheckpointError(f"{path} is quantized with {method!r}, which this version does not read; it reads dense folders, compressed-tensors and GGUF.")
+    if method not in READERS:
+        raise CheckpointError(f"{path} is quantized with {method!r}, which this version does not read; it reads dense folders, {', '.join(READERS)} and GGUF.")
+    return READERS[method](path)

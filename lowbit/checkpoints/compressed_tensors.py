@@ -87,27 +87,10 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
         if not name.endswith(".weight"):
             raise CheckpointError(f"{name}: compressed-tensors quantizes weights of linears, whose names end in .weight.")
         check(entry.scheme, entry.shape, name)
-    names = sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key)
-    with safetensors.ShardWriter(folder, entries=len(checkpoint.tensors) + len(_PARTS) * len(checkpoint.quantized)) as writer:
-        for name in names:
-            for key, tensor in _stored(checkpoint, name).items():
-                progress(writer.add(key, tensor))
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    if section := quantization_config(checkpoint):
-        config["quantization_config"] = section
-    safetensors.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    safetensors.copy_files(checkpoint.files, folder)
-    safetensors.write_text(folder / safetensors.PROVENANCE, json.dumps(checkpoint.provenance, indent=2) + "\n")
+    safetensors.write_packed(checkpoint, folder, lambda name: _stored(checkpoint, name), quantization_config(checkpoint), entries=len(_PARTS), progress=progress)
 
 
-def natural_key(name: str) -> str:
-    """Sorts layers.2 before layers.10."""
-    return re.sub(r"\d+", lambda digits: digits.group().zfill(8), name)
-
-
-def _stored(checkpoint: Checkpoint, name: str) -> dict[str, Tensor | LazyTensor]:
-    if name in checkpoint.tensors:
-        return {name: checkpoint.tensors[name]}
+def _stored(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     qt = checkpoint.quantized[name].load()
     if qt.scheme.format in CASTS:
         return {name: qt.parts["weight"]}
@@ -127,7 +110,7 @@ def quantization_config(checkpoint: Checkpoint) -> dict | None:
     packed = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format not in CASTS]
     if not packed:
         return None
-    schemes = {name.removesuffix(".weight"): _arguments(checkpoint.quantized[name].scheme) for name in sorted(packed, key=natural_key)}
+    schemes = {name.removesuffix(".weight"): _arguments(checkpoint.quantized[name].scheme) for name in sorted(packed, key=safetensors.natural_key)}
     distinct = {json.dumps(args): args for args in schemes.values()}
     if len(distinct) == 1:
         groups = [_group(["Linear"], *distinct.values())]
@@ -178,7 +161,7 @@ def _dense_linears(checkpoint: Checkpoint) -> list[str]:
     modules = {name.removesuffix(".weight") for name in dense}
     if "lm_head.weight" not in checkpoint.quantized:
         modules.add("lm_head")
-    return sorted((module for module in modules if not _is_embedding(module)), key=natural_key)
+    return sorted((module for module in modules if not _is_embedding(module)), key=safetensors.natural_key)
 
 
 def _is_embedding(module: str) -> bool:

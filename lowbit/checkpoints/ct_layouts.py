@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..numerics import packing
+from ..numerics import integer, packing
 from ..scheme import INT, Activation, Rounding, Scheme
 from ..tensor import QuantizedTensor
 
@@ -67,6 +67,7 @@ def encode(qt: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors that stand for a matrix, by their local names."""
     name = layout_of(qt.scheme)
     assert name is not None
+    integer.refuse_order(qt, "compressed-tensors")
     return LAYOUTS[name].encode(qt)
 
 

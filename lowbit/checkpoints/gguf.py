@@ -20,7 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError, ShapeError
-from ..numerics import ggml
+from ..numerics import ggml, integer
 from ..scheme import CASTS, INT, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
 from . import gguf_arch, gguf_other, gguf_tokenizer
@@ -422,6 +422,7 @@ def _to_blocks(qt: QuantizedTensor, type_name: str) -> Tensor:
     """A quantized matrix as blocks of a type that holds its codes: the codes moved to the type's zero, scales repeated for every 32 weights."""
     if qt.scheme.format != INT:
         return qt.parts["blocks"]
+    integer.refuse_order(qt, "GGUF")
     codes, rows, count = qt.parts["codes"], qt.shape[0], qt.shape[1] // 32
     scale = _per_block(qt.parts["scale"], qt.scheme, rows, count)
     if qt.scheme.symmetric:

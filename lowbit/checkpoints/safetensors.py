@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -257,6 +258,35 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
 
 
+def write_packed(
+    checkpoint: Checkpoint, folder: Path, stored: Callable[[str], Mapping[str, Tensor | LazyTensor]], section: dict | None, *, entries: int, progress: Callable[[int], None]
+) -> None:
+    """Write a folder whose quantized matrices are several tensors each: stored(name) gives them, section is config.json's quantization_config, entries how many a matrix has.
+
+    Tensors are streamed by name in natural order.
+    """
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized)) as writer:
+        for name in sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key):
+            for key, tensor in ({name: checkpoint.tensors[name]} if name in checkpoint.tensors else stored(name)).items():
+                progress(writer.add(key, tensor))
+    _write_side_files(checkpoint, folder, section)
+
+
+def natural_key(name: str) -> str:
+    """Sorts layers.2 before layers.10."""
+    return re.sub(r"\d+", lambda digits: digits.group().zfill(8), name)
+
+
+def _write_side_files(checkpoint: Checkpoint, folder: Path, section: dict | None) -> None:
+    """config.json, tokenizer and provenance."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if section is not None:
+        config["quantization_config"] = section
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    copy_files(checkpoint.files, folder)
+    write_text(folder / PROVENANCE, json.dumps(checkpoint.provenance, indent=2) + "\n")
+
+
 def write_folder(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write every weight dense, as a plain Hugging Face folder that any program loads; quantized weights are decoded to their own dtype.
 
@@ -265,7 +295,4 @@ def write_folder(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[in
     with ShardWriter(folder, entries=len(checkpoint.tensors) + len(checkpoint.quantized)) as writer:
         for name in (*checkpoint.tensors, *checkpoint.quantized):
             progress(writer.add(name, checkpoint.lazy(name) if name in checkpoint.tensors else checkpoint.dense(name)))
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    copy_files(checkpoint.files, folder)
-    write_text(folder / PROVENANCE, json.dumps(checkpoint.provenance, indent=2) + "\n")
+    _write_side_files(checkpoint, folder, None)

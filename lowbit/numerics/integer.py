@@ -48,12 +48,21 @@ def dequantize(qt: QuantizedTensor) -> Tensor:
     codes, scale = qt.parts["codes"], qt.parts["scale"].float()
     zero = qt.parts["zero_point"].float() if "zero_point" in qt.parts else None
     rows, columns = codes.shape
+    if "g_idx" in qt.parts:  # groups of any columns (GPTQ's act-order): scales and zero-points of every column
+        index = qt.parts["g_idx"].long()
+        return (codes.float() - (qt.scheme.zero_code if zero is None else zero[:, index])).mul_(scale[:, index])
     values = codes.float()
     if zero is None:
         values -= qt.scheme.zero_code
     else:
         values -= spread(zero, qt.scheme, columns)
     return values.mul_(spread(scale, qt.scheme, columns))
+
+
+def refuse_order(qt: QuantizedTensor, target: str) -> None:
+    """Raise FormatError for a matrix in act-order, whose groups are of any columns, where a layout has groups of neighbours only."""
+    if "g_idx" in qt.parts:
+        raise FormatError(f"its groups are not of neighbouring columns (GPTQ's act-order), and {target} has no index of groups. Convert it to gptq, or to safetensors, which holds the values.")
 
 
 def encode(W: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:

@@ -6,12 +6,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoints import Checkpoint, open_checkpoint, target
+import torch
+
+from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
 from ..checkpoints.gguf import supported, write_tokenizer
-from ..errors import JobError
+from ..errors import FormatError, JobError
 from ..models import skeleton as sk
 from ..models.linears import find_linears, outside_matrices
 from ..progress import SILENT, Progress
+from ..scheme import INT
+from ..tensor import QuantizedTensor
 from . import recipes, resources
 from .locate import locate
 from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, with_rounded, write
@@ -34,6 +38,8 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
         supported(checkpoint.config)
     if outside is not None:
         checkpoint = _round_outside(checkpoint, outside_matrices(skeleton), outside, target_name)
+    if kind.scale_dtype is not None:
+        checkpoint = _with_scales(checkpoint, kind.scale_dtype)
     for name, entry in checkpoint.quantized.items():
         kind.check(entry.scheme, entry.shape, name.removesuffix(".weight"))
     if target_name == "safetensors" and checkpoint.quantized:
@@ -46,6 +52,26 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
             checkpoint = replace(checkpoint, files=write_tokenizer(located, Path(scratch)))
         write(checkpoint, target_name, output, progress, overwrite=overwrite)
     return output
+
+
+def _with_scales(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The checkpoint with the scales of integers in the target's dtype; FormatError, when a matrix is read, where that would change one."""
+
+    def cast(name: str, entry: LazyQuantized) -> LazyQuantized:
+        if entry.scheme.format != INT or entry.scheme.scale_dtype == dtype:
+            return entry
+        scheme = replace(entry.scheme, scale_dtype=dtype)
+
+        def load() -> QuantizedTensor:
+            qt = entry.load()
+            scale = qt.parts["scale"].to(getattr(torch, dtype))
+            if not torch.equal(scale.float(), qt.parts["scale"].float()):
+                raise FormatError(f"{name}: its scales in {qt.scheme.scale_dtype} cannot be written as {dtype} without loss. Quantize the original model for this target.")
+            return replace(qt, scheme=scheme, parts={**qt.parts, "scale": scale})
+
+        return replace(entry, scheme=scheme, load=load, rows=None)
+
+    return replace(checkpoint, quantized={name: cast(name, entry) for name, entry in checkpoint.quantized.items()})
 
 
 def _round_outside(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int]], words: str, target_name: str) -> Checkpoint:

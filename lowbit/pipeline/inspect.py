@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, LazyQuantized, gguf, gguf_arch, open_checkpoint
-from ..checkpoints.compressed_tensors import natural_key
+from ..checkpoints.safetensors import natural_key
 from ..errors import CheckpointError, RecipeError
 
 CHUNK = 1 << 22  # values that are looked at together

@@ -70,7 +70,7 @@ def quantize(
 
     model: a Hugging Face folder, a hub id, a GGUF file, or a transformers model (which is saved to a temporary folder first).
     recipe: a preset, a short form ("int4-asym-g128-gptq"), a TOML file or a Recipe; None: the target's default.
-    output: a new folder (or .gguf file); None: MODEL-RECIPE in the current folder. target_name: compressed-tensors, gguf or safetensors.
+    output: a new folder (or .gguf file); None: MODEL-RECIPE in the current folder. target_name: one of checkpoints.TARGETS ("compressed-tensors", "gguf", "gptq", "safetensors", ...).
     calibration, n_samples, seq_len, seed: override the recipe's. dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
     resume: go on with a job that was stopped; the result has the bytes of an undisturbed run.
     Raises LowbitError (a subclass says of what kind) before any work on bad input; earlier results are left as they are.

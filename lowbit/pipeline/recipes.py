@@ -376,7 +376,7 @@ def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) 
     if recipe.target == "safetensors" and _only_dense(scheme):
         notes.append(f"No file format that lowbit writes holds {scheme.name} yet: the values are written as dense weights, in the model's own dtype.")
     if (scheme.format == INT or (scheme.format in ("fp8_e4m3", "fp8_e5m2") and recipe.target == "compressed-tensors")) and not draft.scale_given:
-        scheme = replace(scheme, scale_dtype="float16" if recipe.target == "gguf" else model_dtype)
+        scheme = replace(scheme, scale_dtype=TARGETS[recipe.target].scale_dtype or model_dtype)
     given = draft.rule_groups_given or (True,) * len(recipe.rules)
     rules = tuple(_settle_rule(rule, scheme, own_group) for rule, own_group in zip(recipe.rules, given, strict=True))
     return replace(recipe, scheme=scheme, rules=rules), notes
