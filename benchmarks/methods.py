@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
     parser.add_argument("--only", help="a family, e.g. 4-bit")
+    parser.add_argument("--without", default="", help="leave out rows whose recipe holds this word")
     parser.add_argument("--list", action="store_true", help="name what is still to be made, and stop")
     parser.add_argument("--markdown", action="store_true", help="print what is there as a table, and stop")
     a = parser.parse_args()
@@ -99,7 +100,7 @@ def main() -> None:
         print(markdown(rows))
         return
     done = {(row["family"], row["name"]) for row in rows}
-    todo = [row for row in ROWS if row[:2] not in done and a.only in (None, row[0])]
+    todo = [row for row in ROWS if row[:2] not in done and a.only in (None, row[0]) and not (a.without and a.without in row[2])]
     if a.list:
         print("\n".join(f"{family:9} {name:20} {recipe}" for family, name, recipe in todo))
         return

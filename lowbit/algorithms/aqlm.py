@@ -39,7 +39,7 @@ class AqlmOptions:
 
     kmeans: int = 50
     rounds: int = 20
-    tolerance: float = 0.003
+    tolerance: float = 0.01
     beam: int = 1
     steps: int = 4
     damp: float = 1e-3
