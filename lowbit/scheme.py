@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from .errors import RecipeError
 
+LARGEST = 3e38  # of float32, about
 RANGES = ("textbook", "half", "full")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 INT = "int"
@@ -107,6 +107,7 @@ class Scheme:
         return Scheme(**{**data, "block": tuple(data["block"]), "act": None if act is None else Activation.from_dict(act)})
 
 
+ACTIVATIONS = (INT, "fp8_e4m3", "fp8_e5m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4")  # number formats of rounded inputs
 OBSERVERS = ("minmax", "average", "percentile", "mse", "kl")
 
 
@@ -131,6 +132,12 @@ class Activation:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
+        if self.format not in ACTIVATIONS:
+            raise RecipeError(f"activations: format is {self.format!r}; expected one of {', '.join(ACTIVATIONS)}.")
+        if not self.symmetric and self.format != INT:
+            raise RecipeError(f"activations: {self.format} is symmetric; only integers can be asymmetric.")
+        if self.static and self.range == "full":
+            raise RecipeError('activations: range "full" has scales of either sign, and a static scale is positive; use "half" or "textbook".')
         if self.per not in ("token", "tensor"):
             raise RecipeError(f"activations: per is {self.per!r}; expected token or tensor.")
         if self.static and (self.per != "tensor" or self.threshold is not None or self.format not in (INT, "fp8_e4m3", "fp8_e5m2")):
@@ -141,7 +148,7 @@ class Activation:
             raise RecipeError("activations: the observer kl finds a threshold of |x| for integers; it needs symmetric = true.")
         if not 50 < self.percentile <= 100:
             raise RecipeError(f"activations: percentile is {self.percentile}; expected more than 50 and at most 100.")
-        if self.threshold is not None and not self.threshold > 0:
+        if self.threshold is not None and not 0 < self.threshold < LARGEST:
             raise RecipeError(f"activations: threshold is {self.threshold}; expected a positive number, usually 6.0.")
         _ = self.scheme  # which checks its own
 
@@ -193,11 +200,13 @@ class Rounding:
             raise RecipeError(f"activations: {data!r} is no rounding; expected act, scale and zero_point.")
         act, scale, zero = Activation.from_dict(data["act"]), data.get("scale"), data.get("zero_point", 0.0)
         for value in (scale, zero):
-            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)):
+            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
                 raise RecipeError(f"activations: scale is {scale!r} and zero_point {zero!r}; expected numbers.")
-        if act.static != (scale is not None) or (scale is not None and scale <= 0):
+        if not 0 <= (zero or 0) <= 2**act.bits - 1:
+            raise RecipeError(f"activations: zero_point is {zero!r}; expected a code of {act.bits} bits.")
+        if act.static != (scale is not None) or (scale is not None and not 1 / LARGEST < scale < LARGEST):
             raise RecipeError(f"activations: scale is {scale!r}; expected a positive number where static is true, and none where it is not.")
-        return Rounding(act, scale, zero or 0.0)
+        return Rounding(act, None if scale is None else float(scale), float(zero or 0))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..numerics import additive
 from ..scheme import Scheme
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from .gptq import dead_columns
 
 GROUP = additive.GROUP
 STOP = 1e-8
@@ -65,6 +66,8 @@ def aqlm(W: Tensor, scheme: Scheme, stats: LayerStats, options: AqlmOptions, not
     if not bool(torch.isfinite(H).all()) or mean <= 0:
         notes.append("the Hessian is zero or not finite: k-means of the weights alone was used")
         return numerics.quantize(W, scheme)
+    if dead := int((H.diagonal() <= 0).sum()):
+        notes.append(dead_columns(dead))
     H = H / mean
     H.diagonal().add_(options.damp)
     weights = H.diagonal() if additive.KINDS[scheme.format][0] == 1 else None
@@ -137,12 +140,18 @@ class _State:
         return torch.stack([torch.zeros_like(book).index_add_(0, self.codes[..., m].flatten(), own) for m, book in enumerate(self.books)])
 
     def search(self, beam: int) -> None:
-        """One pass over all vectors and codebooks; each row keeps its beam best combinations."""
-        n, scale, clusters = len(self.W), self.scale.view(1, -1, 1), self.books.shape[1]
-        D = self.W - self.decoded()
+        """One pass over all vectors and codebooks; each row keeps its beam best combinations. Rows are independent: with a beam, some at a time."""
+        n, clusters = len(self.W), self.books.shape[1]
+        chunk = n if beam == 1 else max(1, 4 * additive.CHUNK_NUMBERS // (beam * clusters))
+        self.codes = torch.cat([self._search_rows(beam, slice(start, start + chunk)) for start in range(0, n, chunk)])
+
+    def _search_rows(self, beam: int, some: slice) -> Tensor:
+        W, sizes = self.W[some], self.scale[some]
+        n, scale, clusters = len(W), sizes.view(1, -1, 1), self.books.shape[1]
+        D = W - additive.decode(self.codes[some], self.books, sizes)
         R = (D @ self.H).unsqueeze(0)  # [beam, n, in]
         loss = (R[0] * D).sum(1).unsqueeze(0)  # [beam, n]
-        codes = self.codes.unsqueeze(0)
+        codes = self.codes[some].unsqueeze(0)
         rows = torch.arange(n)
         for j in range(codes.shape[2]):
             columns = slice(j * GROUP, (j + 1) * GROUP)
@@ -153,7 +162,7 @@ class _State:
                 rest = R[:, :, columns] + old @ Hjj  # the residual's product where this code is left out
                 power = ((book @ Hjj) * book).sum(1)
                 if beam == 1:
-                    new = _nearest(rest[0], self.scale, book, power).unsqueeze(0)
+                    new = _nearest(rest[0], sizes, book, power).unsqueeze(0)
                 else:
                     candidates = torch.addcmul(scale.square() * power, -2 * scale, rest @ book.T)  # [beam, n, K]
                     candidates += (loss + 2 * (old * R[:, :, columns]).sum(-1) + ((old @ Hjj) * old).sum(-1)).unsqueeze(-1)
@@ -165,7 +174,7 @@ class _State:
                 R = R - change @ Hj if beam > 1 else R.sub_(change @ Hj)
                 codes = codes.clone() if m == 0 and j == 0 else codes
                 codes[:, :, j, m] = new
-        self.codes = codes[0].clone()
+        return codes[0].clone()
 
 
 def _nearest(rest: Tensor, scale: Tensor, book: Tensor, power: Tensor) -> Tensor:

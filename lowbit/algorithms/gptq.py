@@ -110,6 +110,8 @@ def gptq(W: Tensor, scheme: Scheme, stats: LayerStats, options: GptqOptions, not
     grid = grids.grid(W32, scheme, options.range_search)
     dtype = str(W.dtype).removeprefix("torch.")
     parts: list[tuple[Tensor, list[Ranges]]] = []
+    if stats.hessian.ndim == 3 and scheme.block == (-1, -1):
+        notes.append("one scale for the whole matrix: the mean of the Hessians of all groups of outputs was used")
     groups = [stats.hessian] if stats.hessian.ndim == 2 else [stats.hessian.mean(0)] if scheme.block == (-1, -1) else list(stats.hessian)
     for rows, H in zip(W32.tensor_split(len(groups)), groups, strict=True):
         found = _solve(rows, scheme, grid, H, stats, options, notes)

@@ -23,6 +23,7 @@ from ..numerics.lattice import GROUP, Kind
 from ..scheme import Scheme
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from .gptq import dead_columns
 from .parallel import over_rows
 
 PANEL = 128  # columns whose feedback is summed at once
@@ -48,9 +49,9 @@ class LdlqOptions:
     guide_cap: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp <= 1 or self.passes < 0 or self.guide_power <= 0 or self.guide_cap < 0:
-            given = f"damp is {self.damp}, passes {self.passes}, guide_power {self.guide_power}, guide_cap {self.guide_cap}"
-            raise RecipeError(f"{given}; expected 0 to 1 (usually 0.01), 0 or more, above 0, and 0 or more.")
+        if not 0 < self.damp <= 1 or self.passes < 0 or not 0 <= self.tolerance < 1 or self.guide_power <= 0 or self.guide_cap < 0:
+            given = f"damp is {self.damp}, passes {self.passes}, tolerance {self.tolerance}, guide_power {self.guide_power}, guide_cap {self.guide_cap}"
+            raise RecipeError(f"{given}; expected 0 to 1 (usually 0.01), 0 or more, 0 to 1, above 0, and 0 or more.")
 
 
 def ldlq(W: Tensor, scheme: Scheme, stats: LayerStats, options: LdlqOptions, notes: list[str]) -> QuantizedTensor:
@@ -66,6 +67,8 @@ def ldlq(W: Tensor, scheme: Scheme, stats: LayerStats, options: LdlqOptions, not
     generator = torch.Generator().manual_seed(options.seed)
     columns, rows = lattice.random_signs(W.shape[1], generator), lattice.random_signs(W.shape[0], generator)
     turned = lattice.incoherent(W32, rows, columns)
+    if dead := int((H.diagonal() <= 0).sum()):
+        notes.append(dead_columns(dead))
     H = H / mean
     H.diagonal().add_(options.damp)
     H = hadamard.mix(hadamard.mix(H * columns).T.contiguous() * columns)
@@ -74,7 +77,9 @@ def ldlq(W: Tensor, scheme: Scheme, stats: LayerStats, options: LdlqOptions, not
         notes.append("the Hessian could not be factorized: its damping was raised to 1")
         H.diagonal().add_(1.0)
         L = block_ldl(H)
-        assert L is not None
+    if L is None:
+        notes.append("the Hessian could not be factorized even with damping 1: plain rounding was used")
+        return numerics.quantize(W, scheme)
     scale, residual = _scale(turned, H, L, kind, options)
     aim = turned / scale
 

@@ -55,7 +55,8 @@ def layout_of(scheme: Scheme) -> str | None:
     if scheme.format == INT:
         if scheme.zero_dtype != "int" or scheme.block[0] > 1:
             return None
-        return PACKED if act is None else "int-quantized" if act.format == INT and act.threshold is None else None
+        plain = act is not None and act.format == INT and act.threshold is None and (act.static or act.range == "half")  # the library's own dynamic scales are "half"
+        return PACKED if act is None else "int-quantized" if plain else None
     if scheme.format == "fp8_e4m3" and (scheme.block == PER_TENSOR or scheme.block == (1, -1)):
         return "naive-quantized" if act is None else "float-quantized" if act.format == "fp8_e4m3" else None
     if act is not None and act.format not in ("mxfp4", "mxfp8_e4m3"):

@@ -284,7 +284,11 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, section: dict | None
         config["quantization_config"] = section
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     copy_files(checkpoint.files, folder)
-    write_text(folder / PROVENANCE, json.dumps(checkpoint.provenance, indent=2) + "\n")
+    provenance = checkpoint.provenance
+    if section is None and checkpoint.activations:  # dense weights say nothing of it: the provenance does
+        layers = provenance.get("layers", {})
+        provenance = {**provenance, "layers": {**layers, **{name: {**layers.get(name, {}), "activation": rounding.to_dict()} for name, rounding in checkpoint.activations.items()}}}
+    write_text(folder / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
 
 
 def write_folder(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:

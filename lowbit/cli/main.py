@@ -89,7 +89,7 @@ def quantize(
     model: Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A new folder, or a .gguf file (default: MODEL-RECIPE here).", show_default=False)] = None,
     recipe: Annotated[str | None, typer.Option(help='A preset, a .toml file or words joined by "-" such as int4-asym-g128-gptq; "list" shows what there is.', show_default=False)] = None,
-    to: Annotated[str | None, typer.Option(help="compressed-tensors (default), gguf, gptq, awq, auto-round or safetensors (dense weights on the grid).", show_default=False)] = None,
+    to: Annotated[str | None, typer.Option(help="compressed-tensors (default), gguf, gptq, awq, auto-round, bitsandbytes or safetensors (dense weights on the grid).", show_default=False)] = None,
     calibration: Annotated[str | None, typer.Option(help='Text: a .txt or .jsonl file, "default", "self" or "dataset:NAME".', show_default=False)] = None,
     n_samples: Annotated[int | None, typer.Option(help="Calibration windows (default 128).", min=1, show_default=False)] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window (default 2048 or the model's limit).", min=2, show_default=False)] = None,
@@ -293,7 +293,7 @@ def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
 @app.command()
 def convert(
     model: Model,
-    to: Annotated[str, typer.Option(help="compressed-tensors, gguf, gptq, awq, auto-round or safetensors.", show_default=False)],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes or safetensors.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder or .gguf file.", show_default=False)],
     outside: Annotated[str | None, typer.Option(help="A ggml type or cast for embedding and head, e.g. q8_0 (default: kept).", show_default=False)] = None,
     overwrite: Overwrite = False,

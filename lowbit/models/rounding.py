@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import FormatError, ModelError
 from ..numerics import activations
 from ..scheme import Rounding
 from .linears import Linear
@@ -19,14 +20,22 @@ def attach(block: nn.Module, linears: list[Linear], roundings: Mapping[str, Roun
     """
     memory = _Memory()
     experts: dict[str, dict[tuple[str, int | None], Rounding]] = {}
-    for module, rounding in {linear.module: roundings[linear.name] for linear in linears if linear.expert is None and linear.name in roundings}.items():
-        block.get_submodule(module).register_forward_pre_hook(lambda _, args, rounding=rounding: (memory.rounded(args[0], rounding), *args[1:]))
+    for linear in {linear.module: linear for linear in linears if linear.expert is None and linear.name in roundings}.values():
+        see = lambda _, args, name=linear.name: (memory.rounded(args[0], roundings[name], name), *args[1:])
+        block.get_submodule(linear.module).register_forward_pre_hook(see)
     for linear in linears:
         if linear.expert is not None and linear.name in roundings:
             experts.setdefault(linear.module, {})[linear.parameter, linear.expert] = roundings[linear.name]
     for module, table in experts.items():
         owner: Any = block.get_submodule(module)
-        owner.rounded = lambda parameter, expert, x, table=table: activations.fake_quantize(x, table[parameter, expert]) if (parameter, expert) in table else x
+        owner.rounded = lambda parameter, expert, x, table=table, name=module: _rounded(x, table[parameter, expert], name) if (parameter, expert) in table else x
+
+
+def _rounded(x: Tensor, rounding: Rounding, name: str) -> Tensor:
+    try:
+        return activations.fake_quantize(x, rounding)
+    except FormatError as error:
+        raise ModelError(f"{name}: {error}") from error
 
 
 class _Memory:
@@ -36,7 +45,7 @@ class _Memory:
         self.source: Tensor | None = None
         self.result: tuple[Rounding, Tensor] | None = None
 
-    def rounded(self, x: Tensor, rounding: Rounding) -> Tensor:
+    def rounded(self, x: Tensor, rounding: Rounding, name: str) -> Tensor:
         if self.source is not x or self.result is None or self.result[0] != rounding:
-            self.source, self.result = x, (rounding, activations.fake_quantize(x, rounding))
+            self.source, self.result = x, (rounding, _rounded(x, rounding, name))
         return self.result[1]

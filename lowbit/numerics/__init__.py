@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FormatError, RecipeError, ShapeError
 from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import additive, cast, codebook, floating, ggml, integer, lattice, outliers, ternary
+from . import additive, cast, codebook, floating, ggml, hadamard, integer, lattice, outliers, ternary
 
 __all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values", "scheme_of"]
 
@@ -150,6 +150,9 @@ def check_shape(scheme: Scheme, shape: tuple[int, ...], *, name: str = "the weig
     multiple = entry(scheme).multiple
     if shape[1] % multiple:
         raise ShapeError(f"{name}: {scheme.name} needs in_features to be a multiple of {multiple}, and {shape[1]} is not.")
+    if scheme.format in lattice.KINDS:
+        for side in shape:
+            hadamard.check(side)
 
 
 def refuse_bad_values(W: Tensor, name: str) -> None:

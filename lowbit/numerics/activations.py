@@ -6,7 +6,7 @@ Dynamic: each token's (or tensor's) own extremes. Static: one scale for all toke
     average     moving averages of the extremes of each micro-batch, weight 0.01 (torch's MovingAverageMinMaxObserver)
     percentile  the range that holds so many percent of |x| (asymmetric: of x, the rest shared out at both ends)
     mse         the range with the least expected squared error over the histogram (each bin at its middle)
-    kl          the threshold of |x| whose 128 levels have the least KL divergence from the clipped histogram (Migacz, "8-bit Inference with TensorRT",
+    kl          the threshold of |x| whose levels (128 of 8 bits) have the least KL divergence from the clipped histogram (Migacz, "8-bit Inference with TensorRT",
                 GTC 2017; onnxruntime's and TensorRT's "entropy")
 
 LLM.int8() (Dettmers et al., arXiv:2208.07339, section 3): outliers are taken out before the scales are found, and the columns that hold one multiply in full precision.
@@ -25,7 +25,6 @@ from . import floating, integer
 AVERAGING = 0.01
 SHRINKS = 100  # candidate ranges of the mse observer, per end
 KL_STEP = 8  # bins between candidate thresholds of the kl observer
-LEVELS = 128  # of |x| in the kl observer
 NEEDS = {"minmax": "range", "average": "average", "percentile": "histogram", "mse": "histogram", "kl": "histogram"}
 
 
@@ -39,6 +38,8 @@ def _rounded(x: Tensor, act: Activation, fixed: tuple[float, float] | None) -> T
     flat = x.reshape(-1, x.shape[-1]).float()
     if not len(flat):
         return x
+    if not bool(torch.isfinite(flat).all()):
+        raise FormatError("the activations that reach it are infinite or NaN. Compute in a wider dtype (--dtype float32), or check the model.")
     outlying = None
     if act.threshold is not None:  # as bitsandbytes: judged in float16, and what is large in a column does not count for the scales of its tokens
         large = flat.half().abs() >= act.threshold
@@ -61,6 +62,11 @@ def _integers(x: Tensor, act: Activation, fixed: tuple[float, float] | None) -> 
 
 
 def _floats(x: Tensor, act: Activation, fixed: tuple[float, float] | None) -> Tensor:
+    if fixed is None and act.format == "nvfp4":  # its factor of the whole tensor belongs to each token here, so that tokens do not depend on each other
+        factor = floating.global_scale(x.abs().amax(1, keepdim=True))
+        blocks = (x * factor).view(len(x), -1, act.scheme.group_size)
+        scale = floating.decode(floating.encode((blocks.abs().amax(-1, keepdim=True) / floating.E2M1.largest).clamp_(min=2.0**-9), floating.E4M3), floating.E4M3)
+        return floating.decode(floating.encode(blocks / scale, floating.E2M1), floating.E2M1).mul_(scale).view(x.shape) / factor
     if fixed is None:
         return floating.dequantize(floating.quantize(x, act.scheme))
     element = floating.KINDS[act.format].element
@@ -90,10 +96,12 @@ def _bounds(act: Activation, stats: LayerStats) -> tuple[Tensor, Tensor]:
         return stats.mean_low, stats.mean_high
     if stats.histogram is None:
         raise FormatError("no token of the calibration text reached this layer, so no scale of its activations can be found. Use dynamic activations, or more text.")
+    if not bool(stats.histogram.counts.nonzero().flatten().sub(BINS).any()):  # nothing but zeros
+        return torch.tensor(0.0), torch.tensor(0.0)
     if act.observer == "percentile":
         return percentile(stats.histogram, act.percentile, symmetric=act.symmetric)
     if act.observer == "kl":
-        threshold = kl_threshold(stats.histogram)
+        threshold = kl_threshold(stats.histogram, 2 ** (act.bits - 1))
         return -threshold, threshold
     return least_squares(stats.histogram, act)
 
@@ -147,26 +155,26 @@ def least_squares(histogram: Histogram, act: Activation) -> tuple[Tensor, Tensor
     return low, high
 
 
-def kl_threshold(histogram: Histogram) -> Tensor:
-    """The threshold of |x| with the least KL(P || Q), P the histogram with all beyond the threshold in its last bin, Q the one below it on LEVELS levels."""
+def kl_threshold(histogram: Histogram, levels: int = 128) -> Tensor:
+    """The threshold of |x| with the least KL(P || Q), P the histogram with all beyond the threshold in its last bin, Q the one below it on so many levels."""
     counts = folded(histogram)
     counts = counts[: int(counts.nonzero().max()) + 1] if bool(counts.any()) else counts[:1]
     best, least = len(counts), float("inf")
-    for bins in range(LEVELS, len(counts) + 1, KL_STEP):
+    for bins in range(levels, len(counts) + 1, KL_STEP):
         p = counts[:bins].clone()
         p[-1] += counts[bins:].sum()
-        found = _divergence(p, counts[:bins])
+        found = _divergence(p, counts[:bins], levels)
         if found < least:
             best, least = bins, found
     return torch.tensor(best * histogram.width)
 
 
-def _divergence(p: Tensor, q: Tensor) -> float:
-    """KL of two histograms over the same bins, q first brought to LEVELS levels: each level's counts shared out evenly over its bins that hold any."""
-    level = torch.arange(len(q)) * LEVELS // len(q)
+def _divergence(p: Tensor, q: Tensor, levels: int) -> float:
+    """KL of two histograms over the same bins, q first brought to so many levels: each level's counts shared out evenly over its bins that hold any."""
+    level = torch.arange(len(q)) * levels // len(q)
     filled = (q > 0).double()
-    total = torch.zeros(LEVELS, dtype=torch.float64).index_add_(0, level, q)
-    members = torch.zeros(LEVELS, dtype=torch.float64).index_add_(0, level, filled)
+    total = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, q)
+    members = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled)
     spread = (total / members.clamp(min=1))[level] * filled
     if not bool(spread.any()):
         return float("inf")

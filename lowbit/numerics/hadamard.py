@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 
+LARGEST_BASE = 4096  # order of the other factor
 LARGEST_FACTOR = 64  # of Sylvester's matrix, which is applied as several factors
 
 # t: generators of a group of units mod t that leaves the four rows as they are (beside -1), and the signs of its orbits in each row, one bit an orbit.
@@ -83,12 +84,9 @@ def _power_of_two(n: int) -> int:
 def _base(n: int) -> tuple[Tensor, bool]:
     """The factor that is not Sylvester's: the smallest Hadamard matrix of order odd(n) 2^j dividing n, int8; else the orthonormal cosine transform of odd(n)."""
     odd = n // _power_of_two(n)
-    order = odd
-    while n % order == 0:
-        found = _matrix(order)
-        if found is not None:
-            return found, True
-        order *= 2
+    found = _matrix(_base_order(n))
+    if found is not None:
+        return found, True
     j, i = torch.meshgrid(torch.arange(odd, dtype=torch.float64), torch.arange(odd, dtype=torch.float64), indexing="ij")
     cosine = torch.cos(math.pi * (2 * i + 1) * j / (2 * odd)) * math.sqrt(2 / odd)
     cosine[0] /= math.sqrt(2)
@@ -108,6 +106,31 @@ def _matrix(order: int) -> Tensor | None:
             return made
     half = _matrix(order // 2) if order % 8 == 0 else None
     return None if half is None else torch.kron(_sylvester(2), half)
+
+
+def check(n: int) -> None:
+    """Raise ShapeError where the transform of n numbers would need a factor that is too large to hold."""
+    _base_order(n)
+
+
+@lru_cache(maxsize=256)
+def _base_order(n: int) -> int:
+    """The order of the factor that is not Sylvester's; at most LARGEST_BASE."""
+    odd = n // _power_of_two(n)
+    order = odd
+    while n % order == 0 and order <= LARGEST_BASE:
+        if _is_constructible(order):
+            return order
+        order *= 2
+    if odd > LARGEST_BASE:
+        raise ShapeError(f"a Hadamard transform of {n} numbers needs a matrix of order {odd} or more; {LARGEST_BASE} is the largest that is made.")
+    return odd
+
+
+def _is_constructible(order: int) -> bool:
+    if order & (order - 1) == 0 or order // 4 in WILLIAMSON and order % 4 == 0:
+        return True
+    return order % 4 == 0 and any(q % 4 == rest and _prime_power(q) is not None for q, rest in ((order - 1, 3), (order // 2 - 1, 1)))
 
 
 @lru_cache(maxsize=16)

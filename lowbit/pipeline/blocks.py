@@ -24,7 +24,7 @@ from .calibration import Windows
 from .collect import Collector, Current, InputGroup, StopBlock, stages
 from .hidden import HiddenStates
 from .job import Job
-from .layers import quantize_group, share_scarce
+from .layers import pool_unseen, quantize_group, share_scarce
 from .learned import learn_block
 from .output import dtype_name
 from .setup import Setup
@@ -165,7 +165,7 @@ class _BlockWorker:
             tensors |= made
             records |= record
             self.peak.look()
-        if roundings := self._roundings(block, index, planned, source):
+        if roundings := self._roundings(block, index, planned, source, records):
             attach(block, planned, roundings)
             for name, rounding in roundings.items():
                 records[name]["activation"] = rounding.to_dict()
@@ -175,8 +175,8 @@ class _BlockWorker:
             advance(len(streamer.batches))
         return tensors, records
 
-    def _roundings(self, block: nn.Module, index: int, linears: list[Linear], source: HiddenStates) -> dict[str, Rounding]:
-        """How the inputs of a block's matrices are to be rounded; scales of static ones from a pass through the quantized block."""
+    def _roundings(self, block: nn.Module, index: int, linears: list[Linear], source: HiddenStates, records: dict[str, dict]) -> dict[str, Rounding]:
+        """How the inputs of a block's matrices are to be rounded; scales of static ones from a pass through the quantized block. records take what there is to note."""
         acts = {linear.name: act for linear in linears if (act := self.setup.plans[linear.name].scheme.act) is not None}
         wanted = tuple(sorted({need for act in acts.values() for need in activations.needs(act)}))
         stats: dict[str, LayerStats] = {}
@@ -184,6 +184,8 @@ class _BlockWorker:
             collector = Collector(block, linears)
             groups = self._groups(collector, linears, index, block, source)
             self._collect(collector, groups, index, block, source, None, lambda n=1: None, wanted)
+            for name, note in pool_unseen(groups).items():
+                records[name]["notes"] = [*records[name].get("notes", []), note]
             stats = {linear.name: group.stats for group in groups for linear in group.linears}
         return {name: _settled(name, act, stats.get(name)) for name, act in acts.items()}
 

@@ -20,6 +20,7 @@ from ..stats import Histogram, LayerStats
 
 PANEL = 384
 TOKENS = 2048
+OBSERVED = {"range", "average", "histogram"}  # statistics that one infinite value would spoil
 SAMPLE_TOKENS, SAMPLE_SHARE = 512, 64  # of inputs that are kept as they are: in all, and of each micro-batch
 
 
@@ -116,6 +117,8 @@ class Collector:
                 return
             weights = None if group.weights is None else group.weights[current.tokens or slice(None)].to(x.device)
             x, weights = _real_tokens(x, weights, current.mask, tokens, linears[0])
+            if OBSERVED & set(needs) and not bool(torch.isfinite(x).all()):
+                raise ModelError(f"{linears[0].name}: the activations that reach it are infinite or NaN. Compute in a wider dtype (--dtype float32), or check the model.")
             accumulate(group.stats, x, needs, weights)
             if "cross" in needs and group.original is not None:
                 original, _ = _real_tokens(group.original, None, current.mask, None, linears[0])
@@ -215,7 +218,7 @@ def accumulate(stats: LayerStats, x: Tensor, needs: tuple[str, ...], weights: Te
         found = Histogram.of(x)
         stats.histogram = found if stats.histogram is None else stats.histogram + found
     if "sample" in needs and (have := 0 if stats.sample is None else len(stats.sample)) < SAMPLE_TOKENS:
-        some = x[:: max(1, len(x) // SAMPLE_SHARE)][: SAMPLE_TOKENS - have].float()
+        some = x[:: max(1, len(x) // SAMPLE_SHARE)][: SAMPLE_TOKENS - have].float().clone()
         stats.sample = some if stats.sample is None else torch.cat([stats.sample, some])
     if "hessian" in needs:
         groups = weights.unsqueeze(1) if weights is not None and weights.ndim == 1 else weights

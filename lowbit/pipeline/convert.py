@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
 from ..checkpoints.gguf import supported, write_tokenizer
-from ..errors import FormatError, JobError
+from ..errors import FormatError, JobError, RecipeError
 from ..models import skeleton as sk
 from ..models.linears import find_linears, outside_matrices
 from ..progress import SILENT, Progress
@@ -38,6 +38,8 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
         supported(checkpoint.config)
     if outside is not None:
         checkpoint = _round_outside(checkpoint, outside_matrices(skeleton), outside, target_name)
+    if target_name != "safetensors" and (lost := [name for name in checkpoint.activations if name not in checkpoint.quantized or checkpoint.quantized[name].scheme.act is None]):
+        raise RecipeError(f"{located} rounds the inputs of {len(lost)} layers ({lost[0]}, ...), which {target_name} would not say: the result would compute something else. Convert it to safetensors.")
     if kind.scale_dtype is not None:
         checkpoint = _with_scales(checkpoint, kind.scale_dtype)
     for name, entry in checkpoint.quantized.items():

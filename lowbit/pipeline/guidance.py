@@ -58,7 +58,7 @@ def _groups_of(linears: list[Linear], plans: dict[str, LayerPlan]) -> dict[str, 
     groups: dict[str, int] = {}
     for linear in linears:
         options: Any = plans[linear.name].options if linear.name in plans else None
-        groups[linear.module] = getattr(options, "guide_groups", 1) if linear.expert is None else 1
+        groups[linear.module] = min(getattr(options, "guide_groups", 1), linear.shape[0]) if linear.expert is None else 1
     return groups
 
 

@@ -173,6 +173,24 @@ def share_scarce(groups: list[InputGroup]) -> dict[str, str]:
     return notes
 
 
+def pool_unseen(groups: list[InputGroup]) -> dict[str, str]:
+    """Give experts that saw no token what all experts of their layer saw, for the scales of their inputs. Returns a note by weight name."""
+    notes: dict[str, str] = {}
+    for alike in _expert_layers(groups).values():
+        pool = LayerStats()
+        for group in alike:
+            pool = merge(pool, group.stats)
+        seen = [group.stats for group in alike if group.stats.mean_low is not None]
+        if seen:
+            pool.mean_low = torch.stack([stats.mean_low for stats in seen if stats.mean_low is not None]).amin(0)
+            pool.mean_high = torch.stack([stats.mean_high for stats in seen if stats.mean_high is not None]).amax(0)
+        for group in alike:
+            if group.stats.n_tokens == 0 and pool.n_tokens:
+                group.stats = pool
+                notes |= {linear.name: "this expert saw no token: the scale of its inputs is that of all experts of the layer" for linear in group.linears}
+    return notes
+
+
 def _expert_layers(groups: list[InputGroup]) -> dict[tuple, list[InputGroup]]:
     layers: dict[tuple, list[InputGroup]] = {}
     for group in groups:

@@ -11,6 +11,7 @@ from ..errors import LowbitError
 from ..numerics import activations
 from ..scheme import INT, Scheme
 from ..transforms import TRANSFORMS
+from ..transforms import make_options as make_transform_options
 from .recipes import PRESETS, parse
 
 SHAPE = (4096, 4096)  # of the matrix that bits and files are shown for
@@ -32,18 +33,20 @@ class Method:
 def list_methods() -> list[Method]:
     """Every preset, algorithm, transform and number format."""
     found = [Method(name, "algorithm", entry.description, "calibration text" if entry.needs(make_options(name, {})) else "none", entry.cost) for name, entry in ALGORITHMS.items()]
-    found += [Method(name, "transform", entry.description, "calibration text" if entry.needs else "none", entry.cost) for name, entry in TRANSFORMS.items()]
+    found += [Method(name, "transform", entry.description, "calibration text" if entry.needs(make_transform_options(name, {})) else "none", entry.cost) for name, entry in TRANSFORMS.items()]
     found += [_preset(name) for name in PRESETS]
     return found + [_number_format(name) for name in numerics.FORMATS]
 
 
 def _preset(name: str) -> Method:
     recipe = parse(name).recipe
-    needs = (*ALGORITHMS[recipe.algorithm].needs(make_options(recipe.algorithm, recipe.options)), *(need for step in recipe.transforms for need in TRANSFORMS[step].needs))
+    steps = [(TRANSFORMS[step], make_transform_options(step, given)) for step, given in recipe.transforms.items()]
+    needs = (*ALGORITHMS[recipe.algorithm].needs(make_options(recipe.algorithm, recipe.options)), *(need for entry, options in steps for need in entry.needs(options)))
     needs += activations.needs(recipe.scheme.act)
     cost = "; ".join([*(TRANSFORMS[step].cost for step in recipe.transforms), ALGORITHMS[recipe.algorithm].cost])
-    files = tuple(target for target in TARGETS if _holds(target, recipe.scheme))
-    return Method(name, "preset", PRESETS[name][1], "calibration text" if needs else "none", cost, f"{numerics.bits_per_weight(recipe.scheme, SHAPE):.3g}", files)
+    scheme = replace(recipe.scheme, scale_dtype="float16") if recipe.scheme.format == INT else recipe.scheme
+    files = tuple(target for target in TARGETS if _holds(target, scheme))
+    return Method(name, "preset", PRESETS[name][1], "calibration text" if needs else "none", cost, f"{numerics.bits_per_weight(scheme, SHAPE):.3g}", files)
 
 
 def _number_format(name: str) -> Method:

@@ -92,7 +92,7 @@ def with_rounded(checkpoint: Checkpoint, plans: dict[str, LayerPlan]) -> Checkpo
 
 def _rounded(lazy: LazyTensor, plan: LayerPlan) -> LazyQuantized:
     rows, columns = lazy.shape
-    whole = plan.scheme.block == (-1, -1)  # one scale for all rows: they are needed together
+    whole = plan.scheme.block == (-1, -1) or not numerics.entry(plan.scheme).rowwise(plan.scheme, columns)  # something is shared by all rows: they are needed together
     chunk = rows if whole else max(1, CHUNK_BYTES // (columns * 4))
     dtype = str(lazy.dtype).removeprefix("torch.")
 
@@ -101,6 +101,8 @@ def _rounded(lazy: LazyTensor, plan: LayerPlan) -> LazyQuantized:
         return QuantizedTensor(plan.scheme, made.shape, dtype, made.parts)
 
     def load() -> QuantizedTensor:
+        if whole:
+            return some(0, rows)
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, rows, chunk):
             for key, value in some(start, start + chunk).parts.items():

@@ -326,6 +326,10 @@ def _row(model: _Model, text: str, kv_bytes: int, overhead: int, memory: int) ->
         target, (weights, exact, notes) = "safetensors", _cast(model, recipe.scheme.format)
     else:
         target, (weights, exact, notes) = recipe.target, _quantized(model, recipe)
+        if "rotate" in recipe.transforms and getattr(model.config, "tie_word_embeddings", False):
+            (rows, columns), dtype = next(iter(model.outside.values())), model.dtype
+            weights, exact = weights + rows * columns * getattr(torch, dtype).itemsize, recipe.target != "gguf" and exact
+            notes = [*notes, "Rotated, the tied head is a tensor of its own."]
     total = weights + kv_bytes + overhead
     return PlanRow(str(text), target, weights, kv_bytes, overhead, total, 8 * weights / model.parameters, exact and not model.refused, total <= memory, tuple(notes))
 

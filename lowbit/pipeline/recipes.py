@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -278,7 +278,8 @@ def _toml(path: Path) -> Draft:
     algorithm = _text(data.get("algorithm", base.recipe.algorithm), f"{where}: algorithm", example="gptq")
     scheme = replace(base.recipe.scheme, scale_dtype=data.get("scale_dtype", base.recipe.scheme.scale_dtype))
     if "activations" in data:
-        scheme = replace(scheme, act=Activation.from_dict(_table(data["activations"], f"{where}: activations")))
+        words = {} if scheme.act is None else asdict(scheme.act)
+        scheme = replace(scheme, act=Activation.from_dict({**words, **_table(data["activations"], f"{where}: activations")}))
     check_format(algorithm, scheme)
     options = {**base.recipe.options, **_table(data.get("options", {}), f"{where}: options")}
     _check_options(algorithm, options)
@@ -326,7 +327,7 @@ def _rule(entry: object, where: str, recipe: Recipe) -> tuple[Rule, bool]:
     both = found["format"][0] == recipe.scheme.format == INT
     inherited = {"symmetric": recipe.scheme.symmetric, "group": recipe.scheme.block, "range": recipe.scheme.range} if both else {}
     scheme = _scheme({**inherited, **found}, words)
-    if scheme.act is None and not any(key.startswith("act ") for key in found):
+    if scheme.act is None and scheme.format not in CASTS:
         scheme = replace(scheme, act=recipe.scheme.act)
     formats = ALGORITHMS[recipe.algorithm].formats
     algorithm = found.get("algorithm") or (recipe.algorithm if formats is None or scheme.format in formats else "rtn")

@@ -17,7 +17,7 @@ from ..models.skeleton import Skeleton
 from ..progress import Progress
 from ..recipe import Calibration, Recipe
 from ..scheme import CASTS
-from ..transforms import TRANSFORMS
+from ..transforms import TRANSFORMS, of_blocks
 from ..transforms import make_options as make_transform_options
 from ..transforms.rotate import rotate
 from . import guidance, recipes, resources
@@ -48,6 +48,8 @@ class Setup:
 def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress) -> Setup:
     """Open the model's headers and resolve the recipe (a Draft) against them; the other arguments are quantize's. Raises LowbitError for what cannot be."""
     checkpoint = open_checkpoint(path)
+    rounded = bool(checkpoint.activations)
+    checkpoint = replace(checkpoint, activations={})
     skeleton = sk.build(checkpoint)
     linears = [find_linears(skeleton, index) for index in range(len(skeleton.blocks))]
     shapes = {linear.name: linear.shape for block in linears for linear in block}
@@ -56,6 +58,8 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
     outside = outside_matrices(skeleton)
     recipe, notes = recipes.settle(draft, shapes, dtype_name(checkpoint, next(iter(shapes))))
     recipe = replace(recipe, seed=recipe.seed if seed is None else seed)
+    for name, given in recipe.transforms.items():
+        make_transform_options(name, given)  # which checks them
     if "rotate" in recipe.transforms:
         own_head = not getattr(skeleton.config, "tie_word_embeddings", False)
         checkpoint = rotate(skeleton, make_transform_options("rotate", recipe.transforms["rotate"]), seed=recipe.seed)
@@ -63,10 +67,13 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         outside = outside_matrices(skeleton)
         if not own_head and len(outside) > 1:
             notes.append("The head was tied to the embedding; rotated, it is a tensor of its own (it takes the weight of the final norm).")
-    if recipe.target == "compressed-tensors" and any(linear.transposed for block in linears for linear in block):
+    packed = recipe.target not in ("gguf", "safetensors")
+    if packed and any(linear.transposed for block in linears for linear in block):
         raise ModelError(
-            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which no program reads from compressed-tensors. Write it with --to gguf or --to safetensors."
+            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which no program reads from {recipe.target}. Write it with --to gguf or --to safetensors."
         )
+    if rounded:
+        notes.append("This checkpoint rounds the inputs of its layers. That is dropped: the recipe alone says what is rounded now.")
     if any(name in checkpoint.quantized for name in shapes):
         notes.append("This checkpoint is quantized already; what is lost comes on top of what was lost before.")
     if skeleton.unused:
@@ -81,12 +88,15 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         supported(checkpoint.config)
     plans = recipes.resolve(recipe, shapes, outside)
     embedding = next(iter(outside), None)
-    if recipe.target == "compressed-tensors" and embedding in plans and plans[embedding].scheme.format not in CASTS:
-        raise RecipeError(f"a rule quantizes the embedding {embedding}, which no program reads from compressed-tensors. Leave it out, or write --to gguf.")
+    if packed and embedding in plans and plans[embedding].scheme.format not in CASTS:
+        raise RecipeError(f"a rule quantizes the embedding {embedding}, which no program reads from {recipe.target}. Leave it out, or write --to gguf.")
     if not plans:
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
     needs = {need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}
-    needs |= {need for name in recipe.transforms for need in TRANSFORMS[name].needs}
+    needs |= {need for name, given in recipe.transforms.items() for need in TRANSFORMS[name].needs(make_transform_options(name, given))}
+    learned = next((plan.algorithm for plan in plans.values() if algorithm(plan.algorithm).level == "block"), None)
+    if learned is not None and (steps := of_blocks(recipe.transforms)):
+        raise RecipeError(f"{learned} learns a block as it is, and {', '.join(steps)} rescales it from its statistics; take one of them.")
     if any(plan.scheme.act is not None and plan.scheme.act.static for plan in plans.values()):
         needs.add("observe")  # which nothing collects, but the text is needed
     if "cross" in needs and recipe.true_sequential:
@@ -141,13 +151,22 @@ def _planned_shapes(setup: Setup):
     return [(plan, shapes[name]) for name, plan in setup.plans.items()]
 
 
+def _hessian_bytes(linears: list[Linear], plans: dict[str, LayerPlan]) -> dict[object, int]:
+    """Of a block's Hessians by input; with groups of outputs every matrix has its own, so many of them."""
+    found: dict[object, int] = {}
+    for linear in linears:
+        groups = getattr(plans[linear.name].options, "guide_groups", 1) if linear.name in plans and linear.expert is None else 1
+        found[linear.name if groups > 1 else linear.input_key] = 4 * min(groups, linear.shape[0]) * linear.shape[1] ** 2
+    return found
+
+
 def memory_estimate(setup: Setup, windows: Windows | None) -> int:
     """Bytes that the job will hold at its peak: a block in the compute dtype, its Hessians, and the largest matrix several times in float32."""
     block = max(setup.skeleton.block_bytes(i, setup.dtype) for i in range(len(setup.skeleton.blocks)))
     largest = max(linear.shape[0] * linear.shape[1] for block_linears in setup.linears for linear in block_linears) * 4
     if windows is None:
         return largest * 5
-    squares = [{linear.input_key: 4 * linear.shape[1] ** 2 for linear in linears} for linears in setup.linears]
+    squares = [_hessian_bytes(linears, setup.plans) for linears in setup.linears]
     hessians = max(sum(inputs.values()) + 6 * max(inputs.values(), default=0) for inputs in squares) if "hessian" in setup.needs else 0  # six copies while one is factorized
     hessians *= 2 if "cross" in setup.needs else 1
     learned = [[x.shape[0] * x.shape[1] for x in linears if x.name in setup.plans and algorithm(setup.plans[x.name].algorithm).level == "block"] for linears in setup.linears]

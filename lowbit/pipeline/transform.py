@@ -66,7 +66,7 @@ def _reads(fold: Fold, linear: Linear, expert: int | None) -> bool:
 def _scale(block: nn.Module, fold: Fold, expert: int | None, groups: list[InputGroup], plans: dict[str, LayerPlan], name: str, options) -> Tensor | None:
     entry = TRANSFORMS[name]
     assert entry.scale is not None
-    if entry.norms_only(options) and isinstance(block.get_submodule(fold.producer.partition(":")[0]), nn.Linear):
+    if entry.norms_only(options) and (":" in fold.producer or isinstance(block.get_submodule(fold.producer), nn.Linear)):
         return None
     readers = [
         Reader(get_weight(block, linear).float().cpu(), plans[linear.name].scheme, group.stats)

@@ -20,12 +20,12 @@ from .smoothquant import SmoothQuantOptions, smooth_scale
 
 @dataclass(frozen=True)
 class Transform:
-    """scale: see the module; None: of the whole model, applied as its weights are read (rotate.py). options: its dataclass. needs: statistics.
+    """scale: see the module; None: of the whole model, applied as its weights are read (rotate.py). options: its dataclass. needs: (options) -> statistics.
     norms_only: (options) -> whether only norms take the scale (not linear layers). cost: what it takes, in words."""
 
     scale: Callable[..., Tensor | None] | None
     options: type
-    needs: tuple[str, ...]
+    needs: Callable[[Any], tuple[str, ...]]
     norms_only: Callable[[Any], bool]
     description: str
     cost: str
@@ -35,7 +35,7 @@ TRANSFORMS: dict[str, Transform] = {
     "awq": Transform(
         awq_scale,
         AwqOptions,
-        ("hessian", "sum_abs"),
+        lambda o: ("hessian", "sum_abs"),
         lambda o: False,
         "channels with large activations scaled up before rounding; ranges clipped",
         "a pass over the text, 20 roundings of each layer",
@@ -43,12 +43,12 @@ TRANSFORMS: dict[str, Transform] = {
     "smoothquant": Transform(
         smooth_scale,
         SmoothQuantOptions,
-        ("absmax", "sample"),
+        lambda o: ("absmax", "sample") if o.search else ("absmax",),
         lambda o: not o.linears,
         "activation outliers moved into the weights, for quantized activations",
         "a pass over the text",
     ),
-    "rotate": Transform(None, RotateOptions, (), lambda o: False, "the residual stream and the values in a randomized Hadamard basis, so that no channel stands out (QuaRot)", "seconds"),
+    "rotate": Transform(None, RotateOptions, lambda o: (), lambda o: False, "the residual stream and the values in a randomized Hadamard basis, so that no channel stands out (QuaRot)", "seconds"),
 }
 
 

@@ -61,6 +61,8 @@ class _Rotation:
 
     def checkpoint(self) -> Checkpoint:
         skeleton = self.skeleton
+        if not self._separate_values() and not self.options.residual:
+            raise ModelError(f"{self.config.model_type} holds queries, keys and values in one matrix, whose values are not rotated alone. Leave rotate out, or residual = false.")
         for index in range(len(skeleton.blocks)):
             self._block(index)
         config = skeleton.checkpoint.config
@@ -81,7 +83,7 @@ class _Rotation:
             raise ModelError(f"{type(model).__name__} has no final norm called {norm}, so it cannot be rotated. Leave rotate out.")
         table, rows = source_of(f"{embedding}.weight").flat()[0], source_of(f"{head}.weight").flat()[0]
         gain = self._vector(sources[norm].flat()[0])
-        self._put(table, lambda E: self._read_side(E))
+        self._put(table, lambda E: self._read_side(E), own=table if table != f"{head}.weight" else f"{embedding}.weight")
         own = rows if rows != table else f"{head}.weight"
         self._put(rows, lambda W: self._read_side(W * gain()), own=own)
         self._ones(sources[norm].flat()[0])

@@ -9,7 +9,9 @@ import lowbit
 from lowbit.checkpoints import open_checkpoint
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.pipeline import recipes
+from lowbit.pipeline.convert import convert
 from lowbit.pipeline.streaming import Batch
+from lowbit.scheme import Activation, Rounding
 
 RECIPES = [
     "w8a8", "w8a8-smooth", "w4a8", "fp8", "llm-int8", "nvfp4-anvfp4-rtn", "int8-sym-channel-rtn-a8-static_kl", "int8-sym-channel-rtn-a8-aasym-static_mse",
@@ -132,3 +134,90 @@ def test_smoothquant_searches_an_alpha_for_each_place(model_folder, tmp_path, te
     assert kl(tmp_path / "out", model_folder("llama"), text_file) < 0.01
     layers = json.loads((tmp_path / "out" / "lowbit.json").read_text())["layers"]
     assert all("smoothquant" in layer["transforms"] for layer in layers.values())
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"format": "bogus"}, "format is 'bogus'"), ({"format": "q4_0"}, "format is 'q4_0'"), ({"range": "full", "static": True, "per": "tensor"}, "scales of either sign"),
+        ({"format": "fp8_e4m3", "symmetric": False}, "only integers can be asymmetric"), ({"threshold": 10**400}, "threshold is"), ({"percentile": 5}, "percentile is"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be(table, message):
+    with pytest.raises(RecipeError, match=message):
+        Activation.from_dict(table)
+
+
+@pytest.mark.parametrize("given", [{"scale": 10**400}, {"scale": 1e300}, {"scale": 1e-300}, {"scale": 1.0, "zero_point": 1e308}, {"scale": 1.0, "zero_point": -1}])
+def test_numbers_of_a_file_are_bounded(given):
+    with pytest.raises(RecipeError, match="scale is|zero_point is"):
+        Rounding.from_dict({"act": {"static": True, "per": "tensor", "symmetric": False}, **given})
+
+
+def test_a_table_adds_to_the_words_and_casts_stay_precise(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('scheme = "int8-sym-channel-rtn-a8-static_percentile"\n[activations]\npercentile = 99.0\n[[rules]]\nmatch = "*.down_proj"\nscheme = "bf16"\n')
+    made = recipes.parse(recipe).recipe
+    assert made.scheme.act == Activation(per="tensor", static=True, observer="percentile", percentile=99.0) and made.rules[0].scheme.act is None
+
+
+def test_later_layers_see_what_rounded_layers_hand_on(model_folder, tmp_path, text_file):
+    """Calibration runs through rounded inputs: from the second block on, statistics differ from those of a job that rounds weights alone."""
+    run = lambda name, recipe: lowbit.quantize(model_folder("llama"), recipe, tmp_path / name, target_name="safetensors", calibration=text_file, n_samples=4, seq_len=64).layers
+    plain, rounded = run("plain", "int4-sym-g32-gptq"), run("rounded", "int4-sym-g32-gptq-a3")
+    same = lambda layer: plain[layer]["output_error"] == rounded[layer]["output_error"]
+    assert same("model.layers.0.self_attn.q_proj.weight") and not same("model.layers.1.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("match", ["*.w1", "*.w2"])
+def test_each_matrix_of_an_expert_rounds_its_own_inputs(model_folder, stream, tmp_path, text_file, match):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'scheme = "float32"\n[[rules]]\nmatch = "{match}"\nscheme = "int8-sym-channel-rtn-a3"\n')
+    lowbit.quantize(model_folder("mixtral"), recipe, tmp_path / "out", target_name="safetensors", calibration=text_file)
+    ids = [Batch(torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0)))]
+    rounded, plain = stream(tmp_path / "out", ids)[0], stream(tmp_path / "out", ids, activations=False)[0]
+    assert float((rounded - plain).norm()) > 1e-3 * float(plain.norm())
+
+
+def test_an_expert_that_saw_no_token_takes_the_scale_of_its_layer(model_folder, tmp_path, text_file):
+    for name, observer in (("a", "static"), ("b", "static_mse"), ("c", "static_average")):
+        made = lowbit.quantize(model_folder("qwen3-moe"), f"int8-sym-channel-rtn-a8-{observer}", tmp_path / name, target_name="safetensors", calibration=text_file, n_samples=1, seq_len=2)
+        unseen = [layer for layer in made.layers.values() if any("saw no token" in note for note in layer.get("notes", []))]
+        assert unseen and all(layer["activation"]["scale"] > 0 for layer in unseen)
+
+
+def test_an_input_that_rounds_is_said_and_dropped(model_folder, tmp_path, text_file):
+    lowbit.quantize(model_folder("llama"), "int8-sym-channel-rtn-a4", tmp_path / "first", target_name="compressed-tensors")
+    second = lowbit.quantize(tmp_path / "first", "int8-sym-channel-rtn", tmp_path / "second")
+    assert any("rounds the inputs" in note for note in second.provenance["notes"]) and not open_checkpoint(second.path).activations
+    dense = convert(tmp_path / "first", "safetensors", tmp_path / "dense")
+    assert len(open_checkpoint(dense).activations) == 21
+    with pytest.raises(RecipeError, match="would not say"):
+        convert(dense, "compressed-tensors", tmp_path / "out")
+
+
+def test_rescaling_and_learning_exclude_each_other(model_folder, tmp_path, text_file):
+    with pytest.raises(RecipeError, match="take one of them"):
+        lowbit.quantize(model_folder("llama"), "int4-sym-g32-autoround-smoothquant-a8", tmp_path / "out", target_name="safetensors", calibration=text_file)
+
+
+@pytest.mark.parametrize("recipe", ["int8-sym-channel-smoothquant-rtn-a8-static_kl", "int4-sym-g32-rotate-gptq-guided4", "e8p2-ldlq"])
+def test_a_stopped_job_goes_on_to_the_same_bytes(model_folder, tmp_path, text_file, assert_same, monkeypatch, recipe):
+    from lowbit.pipeline.job import Job
+
+    run = lambda name, **more: lowbit.quantize(model_folder("llama-tied"), recipe, tmp_path / name, calibration=text_file, n_samples=4, seq_len=32, **more)
+    run("whole")
+    real, calls = Job.save, []
+
+    def stop(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(Job, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    monkeypatch.setattr(Job, "save", real)
+    run("stopped", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")

@@ -145,7 +145,7 @@ def test_a_recipe_object_is_taken_as_it_is():
 
 @pytest.mark.parametrize("target_name", ["onnx", "GGUF", ""])
 def test_unknown_target(target_name):
-    with pytest.raises(RecipeError, match=r"target '.*' is not known; expected one of compressed-tensors, gguf, gptq, awq, auto-round, safetensors"):
+    with pytest.raises(RecipeError, match=r"target '.*' is not known; expected one of compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes, safetensors"):
         recipes.parse("int4-g32", target_name=target_name or "x")
 
 
