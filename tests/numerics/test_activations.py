@@ -185,3 +185,16 @@ def test_a_layer_that_saw_nothing_is_refused():
         activations.settle(Activation(static=True, per="tensor", observer="mse"), None)
     with pytest.raises(RecipeError, match="unknown key"):
         Activation.from_dict({"bit": 8})
+
+
+def test_fewer_bits_clip_more():
+    histogram = Histogram.of(torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    assert float(kl_threshold(histogram, 8)) < 0.9 * float(kl_threshold(histogram, 128))
+
+
+def test_tokens_do_not_depend_on_each_other():
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 3, 5).unsqueeze(1)
+    for act in (Activation(), Activation("fp8_e4m3", 8), Activation("nvfp4", 4), Activation("mxfp4", 4)):
+        whole = fake_quantize(x, Rounding(act))
+        torch.testing.assert_close(torch.cat([fake_quantize(row.unsqueeze(0), Rounding(act)) for row in x]), whole)
+        assert float(((whole - x).norm(dim=1) / x.norm(dim=1)).max()) < 0.25

@@ -171,3 +171,18 @@ def test_groups_of_outputs_have_hessians_of_their_own(model_folder, text_file, t
     plain = quantize(model_folder("llama"), "int4-sym-g32-gptq-guided", tmp_path / "plain", calibration=text_file, n_samples=4, seq_len=32, dtype="float32")
     assert all(layer["output_error"] < layer["rtn_output_error"] for layer in result.layers.values())
     assert any(result.layers[name]["output_error"] != plain.layers[name]["output_error"] for name in plain.layers)
+
+
+def test_each_group_of_outputs_gets_its_own_weights(model_folder, tmp_path):
+    streamer = Streamer(sk.build(open_checkpoint(model_folder("llama"))), [Batch(torch.zeros(1, 6, dtype=torch.int64))], dtype=torch.float32)
+    linears = find_linears(streamer.skeleton, 0)
+    shapes = {linear.name: linear.shape for linear in linears}
+    plans = recipes.resolve(recipes.settle(recipes.parse("int4-sym-g32-gptq-guided4", target_name="safetensors"), shapes, "float32")[0], shapes, {})
+    job = Job(tmp_path / "out", {}, resume=False, overwrite=True)
+    squared = {linear.module: torch.rand(6, 4, generator=torch.Generator().manual_seed(n)) for n, linear in enumerate(linears)}
+    job.save_tensors("loss-00000", squared)
+    groups = guidance.weigh([InputGroup(linears[:3]), InputGroup(linears[3:4])], plans, job, 0, streamer.batches)
+    assert [len(group.linears) for group in groups] == [1, 1, 1, 1]
+    for group in groups:
+        for g in range(4):
+            assert torch.equal(group.weights[:, g], guidance.token_weights(squared[group.linears[0].module][:, g], power=0.75, cap=0))

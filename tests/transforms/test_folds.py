@@ -137,3 +137,15 @@ def test_kept_experts_cannot_be_rescaled(model_folder, text_file, tmp_path):
     (tmp_path / "r.toml").write_text('scheme = "int4-asym-g32-awq-rtn"\n[[rules]]\nmatch = "*.experts.*.w1"\nscheme = "keep"\n')
     with pytest.raises(RecipeError, match="of which the recipe keeps .*experts"):
         quantize(model_folder("mixtral"), tmp_path / "r.toml", tmp_path / "out", calibration=text_file, n_samples=4, seq_len=32, dtype="float32")
+
+
+def test_statistics_follow_the_scale():
+    """Those of x / s, as if x had been seen scaled."""
+    from lowbit.pipeline.transform import _rescale
+
+    X, scale = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), torch.linspace(0.5, 4, 16)
+    made = lambda x: LayerStats(50, sum_abs=x.abs().sum(0), sum_sq=x.square().sum(0), absmax=x.abs().amax(0), hessian=x.T @ x, cross=x.T @ x, sample=x[:8].clone())
+    stats, expected = made(X), made(X / scale)
+    _rescale(stats, scale)
+    for name in ("sum_abs", "sum_sq", "absmax", "hessian", "cross", "sample"):
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
