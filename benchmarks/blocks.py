@@ -51,7 +51,7 @@ PAIRS = {
     "llm-compressor": ("gptq", [], []),
     "hqq": ("hqq", ["--no-sym"], []),
     "autoawq": ("awq", ["--no-sym", "--windows", "4"], []),
-    "auto-round": ("autoround", ["--windows", "64"], []),
+    "auto-round": ("autoround", ["--windows", "64", "--amp"], []),  # in bfloat16, the peer's default
 }
 
 
