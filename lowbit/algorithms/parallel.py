@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-MIN_ROWS = 64
+MIN_ROWS = 1280  # of a chunk: with fewer, the interpreter (one thread at a time) and not the arithmetic is the limit, and two threads are slower than one
 
 
 def over_rows(run: Callable[[slice], T], rows: int) -> list[T]:
