@@ -4,7 +4,8 @@
 
 The original model runs over CALIBRATION once; of the three blocks the inputs and each linear's Hessian are kept (in FOLDER, where they are used again). Then lowbit's
 method and the peer's run in turn, whole processes, on the same (W, H) and inputs; what is compared is tr(dW H dW^T) / tr(W H W^T), summed over the linears, the mean squared
-error of each block's output, and the seconds inside the calls (peer_methods.py), the median of the runs. Results are appended to benchmarks/results/blocks.jsonl.
+error of each block's output (16 windows), and the seconds inside the calls (peer_methods.py), the median of the runs. GPTQ is run without its sweep of coordinate descent,
+which the peers do not have. Results are appended to benchmarks/results/blocks.jsonl.
 
     python benchmarks/blocks.py --own METHOD FOLDER OUT.safetensors [as peer_methods.py]        lowbit's gptq, hqq, awq or autoround alone
 """
@@ -163,7 +164,7 @@ def own_gptq(tensors: dict[str, Tensor], n_tokens: int, layer: nn.Module, hidden
     made, clock = {}, Clock()
     for name in PATHS:
         notes: list[str] = []
-        qt = algorithm("gptq").run(tensors[f"{name}.weight"], scheme_of(a), LayerStats(n_tokens, hessian=tensors[f"{name}.hessian"]), make_options("gptq", {"damp": a.damp}), notes)
+        qt = algorithm("gptq").run(tensors[f"{name}.weight"], scheme_of(a), LayerStats(n_tokens, hessian=tensors[f"{name}.hessian"]), make_options("gptq", {"damp": a.damp, "sweeps": 0}), notes)
         made[name] = numerics.dequantize(qt)
         clock(name)
         if notes:

@@ -294,7 +294,7 @@ def main(own: dict[str, Callable] | None = None) -> None:
             tune["iters"] = a.iters = kept
         weights, record["seconds"][stem] = run(tensors, n_tokens, layer, hidden)
         record["error"][stem] = {name: error(tensors[f"{name}.weight"], weights[name], tensors[f"{name}.hessian"]) for name in PATHS}
-        record["output_mse"][stem] = output_mse(layer, weights, tensors["hidden"])
+        record["output_mse"][stem] = output_mse(layer, weights, tensors["hidden"][:16])
         made |= {f"{stem}.{name}.weight": weights[name].contiguous() for name in PATHS}
         print(f"{stem}: {sum(record['seconds'][stem].values()):.2f} s", {k: round(v, 2) for k, v in record["seconds"][stem].items()}, flush=True)
         print("  error", {k: float(f"{v:.4g}") for k, v in record["error"][stem].items()}, f"output mse {record['output_mse'][stem]:.4g}", flush=True)

@@ -34,6 +34,7 @@ from .parallel import over_rows
 ORDERS = ("natural", "activation", "groups")
 MAX_DAMP = 1.0
 DAMP_STEP = 2.0
+LEAF = 192  # of the recursion that inverts a triangular matrix
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,21 @@ def _inverse_factor(H: Tensor) -> Tensor | None:
     L, info = torch.linalg.cholesky_ex(H.flip(0, 1))
     if int(info) != 0:
         return None
-    inverse = torch.linalg.solve_triangular(L, torch.eye(len(H), dtype=H.dtype, device=H.device), upper=False)
-    U = inverse.flip(0, 1).contiguous()
+    U = _lower_inverse(L).flip(0, 1).contiguous()
     return U if bool(torch.isfinite(U).all()) else None
+
+
+def _lower_inverse(L: Tensor) -> Tensor:
+    """L^-1, L lower triangular: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]], a third of the work of solving for every column."""
+    n = len(L)
+    if n <= LEAF:
+        return torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
+    half = n // 2
+    A, C = _lower_inverse(L[:half, :half]), _lower_inverse(L[half:, half:])
+    inverse = torch.zeros_like(L)
+    inverse[:half, :half], inverse[half:, half:] = A, C
+    torch.mm(C, L[half:, :half] @ A, out=inverse[half:, :half]).neg_()
+    return inverse
 
 
 class _Solver:
@@ -211,6 +224,7 @@ class _Solver:
         self.WT = W.T[factor.order].contiguous()
         self.importance = 1 / factor.U.diagonal().square()  # 1 / Hinv_jj of what is still free: the price of an error in this column
         self.share_of = factor.order // grid.share  # which columns share a scale
+        self.places: list[int] = self.share_of.tolist()  # the same, for one column at a time: a number picks a row faster than a tensor does
         self.found: dict[int, Ranges] = {}
         shares = -(-self.columns // grid.share)
         self.scale = W.new_zeros(shares, self.rows)
@@ -260,7 +274,7 @@ class _Solver:
                     setattr(self, name, torch.zeros_like(self.scale))
                 getattr(self, name)[places] = value.T
 
-    def _round_(self, q: Tensor, share: Tensor) -> Tensor:
+    def _round_(self, q: Tensor, share: int) -> Tensor:
         """Bring q [out_features] onto the grid, in place."""
         if self.grid.nearest is not None:
             return q.copy_(self.grid.nearest(q))
@@ -285,7 +299,7 @@ class _Solver:
             for i in range(i2 - i1):
                 if fit_on_the_way and (i1 + i) % self.grid.unit == 0:
                     self._fit_unit(i1 + i)
-                share = self.share_of[i1 + i]
+                share = self.places[i1 + i]
                 w, q = W1[i], Q[i1 + i]
                 if self.offset is None:
                     torch.div(w, self.divisor[share], out=q)
@@ -323,10 +337,10 @@ class _Solver:
             G1, H1, step = G[i1:i2].clone(), H[i1:i2, i1:i2], torch.empty_like(G[i1:i2])
             inverse_diagonal = H1.diagonal().double().reciprocal().tolist()
             for i in range(i2 - i1):
-                j, share = i1 + i, self.share_of[i1 + i]
+                j, share = i1 + i, self.places[i1 + i]
                 new = self._round_(torch.addcdiv(Q[j], G1[i], self.divisor[share], value=inverse_diagonal[i]), share)
                 torch.mul(new - Q[j], self.scale[share], out=step[i])
                 Q[j] = new
                 if i + 1 < i2 - i1:
                     G1[i + 1 :].addr_(H1[i, i + 1 :], step[i], alpha=-1)
-            G.addmm_(H[:, i1:i2], step, alpha=-1)
+            G[i2:].addmm_(H[i2:, i1:i2], step, alpha=-1)  # what was visited is not looked at again

@@ -20,6 +20,8 @@ def over_rows(run: Callable[[slice], T], rows: int) -> list[T]:
     """run(slice) for consecutive row slices that cover rows, one per thread; results in order."""
     threads = torch.get_num_threads()
     chunks = max(1, min(threads, rows // MIN_ROWS))
+    if chunks == 1:
+        return [run(slice(0, rows))]
     bounds = [rows * i // chunks for i in range(chunks + 1)]
     slices = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
     try:
