@@ -162,7 +162,7 @@ class _State:
                 rest = R[:, :, columns] + old @ Hjj  # the residual's product where this code is left out
                 power = ((book @ Hjj) * book).sum(1)
                 if beam == 1:
-                    new = _nearest(rest[0], sizes, book, power).unsqueeze(0)
+                    new = additive.cheapest(rest[0], power.unsqueeze(0), sizes.unsqueeze(1), book).unsqueeze(0)  # divided by the scale
                 else:
                     candidates = torch.addcmul(scale.square() * power, -2 * scale, rest @ book.T)  # [beam, n, K]
                     candidates += (loss + 2 * (old * R[:, :, columns]).sum(-1) + ((old @ Hjj) * old).sum(-1)).unsqueeze(-1)
@@ -176,8 +176,3 @@ class _State:
                 codes[:, :, j, m] = new
         return codes[0].clone()
 
-
-def _nearest(rest: Tensor, scale: Tensor, book: Tensor, power: Tensor) -> Tensor:
-    """argmin over c of s^2 c H_jj c^T - 2 s c . P of each row, in chunks of rows; rest is P [n, 8], power is c H_jj c^T [K]. Divided by s > 0: s power - 2 c . P."""
-    chunk, doubled = max(1, additive.CHUNK_NUMBERS // len(book)), -2 * book.T.contiguous()
-    return torch.cat([torch.addmm(torch.outer(size, power), part, doubled).argmin(1) for part, size in zip(rest.split(chunk), scale.split(chunk), strict=True)])

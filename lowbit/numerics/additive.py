@@ -112,14 +112,28 @@ def kmeans(x: Tensor, clusters: int, weights: Tensor | None, steps: int, generat
 
 def _nearest(weighted: Tensor, spread: Tensor | None, book: Tensor) -> Tensor:
     """The centroid with the least sum_t h_t (x_t - c_t)^2 of each point: argmin of h . c^2 - 2 (h x) . c."""
-    squares, doubled = book.square(), -2 * book.T.contiguous()
-    chunk = max(1, CHUNK_NUMBERS // len(book))
-    found = []
-    for start in range(0, len(weighted), chunk):
-        rows = slice(start, start + chunk)
-        constant = squares.sum(1).unsqueeze(0) if spread is None else spread[rows] @ squares.T
-        found.append(torch.addmm(constant.expand(len(weighted[rows]), -1), weighted[rows], doubled).argmin(1))
-    return torch.cat(found)
+    if spread is None:
+        return cheapest(weighted, book.square().sum(1).unsqueeze(0), None, book)
+    return cheapest(weighted, book.square().T.contiguous(), spread, book)
+
+
+def cheapest(x: Tensor, power: Tensor, factor: Tensor | None, book: Tensor) -> Tensor:
+    """argmin over k of factor @ power[:, k] - 2 x . book[k] of each row of x [n, 8], int64 [n]; factor [n, f], power [f, K] (factor None: power [1, K] alone).
+
+    A buffer of CHUNK_NUMBERS is used again and again.
+    """
+    doubled, chunk = -2 * book.T.contiguous(), max(1, CHUNK_NUMBERS // len(book))
+    buffer = x.new_empty(min(chunk, len(x)), len(book))
+    found = torch.empty(len(x), dtype=torch.int64)
+    for start in range(0, len(x), chunk):
+        rows = slice(start, min(start + chunk, len(x)))
+        part = buffer[: rows.stop - start]
+        if factor is None:
+            part.copy_(power.expand_as(part))
+        else:
+            torch.mm(factor[rows], power, out=part)
+        torch.argmin(part.addmm_(x[rows], doubled), 1, out=found[rows])
+    return found
 
 
 def bits(scheme: Scheme, rows: int, columns: int) -> int:
