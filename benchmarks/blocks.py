@@ -221,7 +221,7 @@ def own_autoround(tensors: dict[str, Tensor], n_tokens: int, layer: nn.Module, h
         run_block_with_gradient=lambda block, index, number, x: run(x), batches=[Batch(torch.zeros(shape, dtype=torch.int64)) for shape in shapes], device=torch.device("cpu")
     )
     linears = places(tensors)
-    plans = {linear.name: LayerPlan(scheme_of(a), "autoround", make_options("autoround", {"iterations": a.iters, "batch": a.batch})) for linear in linears}
+    plans = {linear.name: LayerPlan(scheme_of(a, range="full" if a.sym else "half"), "autoround", make_options("autoround", {"iterations": a.iters, "batch": a.batch})) for linear in linears}
     clock = Clock()
     made, _ = learn_block(block, 0, linears, plans, streamer, source, target, {linear.name: "float32" for linear in linears}, 0)
     clock("block")
