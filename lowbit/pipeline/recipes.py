@@ -39,7 +39,7 @@ PRESETS: dict[str, tuple[str, str]] = {
     "fp8": ("fp8-channel-rtn-afp8", "FP8 weights and activations; no data needed"),
     "llm-int8": ("int8-sym-channel-textbook-rtn-a8-t6", "LLM.int8(): 8-bit weights and activations, columns with outliers in full precision"),
     "gptaq-int4": ("int4-sym-gptaq", "GPTQ that counts the error of its inputs, too"),
-    "autoround-int4": ("int4-sym-g128-autoround", "AutoRound with its published settings: 200 steps for each block; hours on a CPU"),
+    "autoround-int4": ("int4-sym-g128-full-autoround", "AutoRound with its published settings: 200 steps for each block; hours on a CPU"),
     "guided-int3": ("int3-asym-g64-gptq-guided", "guided GPTQ, 3 bits"),
     "guided-int2": ("int2-asym-g64-gptq-guided", "guided GPTQ, 2 bits"),
     "nf4-dq": ("nf4-g64-dq-rtn", "NF4 with double quantization; no data needed"),
