@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import numerics
 from ..errors import RecipeError
-from ..numerics import hadamard, lattice
+from ..numerics import lattice
 from ..numerics.lattice import GROUP, Kind
 from ..scheme import Scheme
 from ..stats import LayerStats
@@ -27,7 +27,7 @@ from .gptq import dead_columns
 from .parallel import over_rows
 
 PANEL = 128  # columns whose feedback is summed at once
-SAMPLE_ROWS = 128
+SAMPLE_ROWS, SEARCH_PASSES = 128, 2  # rows that the scale is searched with, and passes: the best scale after the first is not always the best in the end
 SCALES = (0.8, 0.87, 0.94, 1.0, 1.06)  # of the usual one
 
 
@@ -71,7 +71,7 @@ def ldlq(W: Tensor, scheme: Scheme, stats: LayerStats, options: LdlqOptions, not
         notes.append(dead_columns(dead))
     H = H / mean
     H.diagonal().add_(options.damp)
-    H = hadamard.mix(hadamard.mix(H * columns).T.contiguous() * columns)
+    H = lattice.incoherent(H, columns, columns)
     L = block_ldl(H)
     if L is None:
         notes.append("the Hessian could not be factorized: its damping was raised to 1")
@@ -107,6 +107,8 @@ def _scale(W: Tensor, H: Tensor, L: Tensor, kind: Kind, options: LdlqOptions) ->
     def error(factor: float) -> float:
         solver = Solver(some / (usual * factor), H, L, kind, residual)
         solver.first()
+        for _ in range(min(options.passes, SEARCH_PASSES)):
+            solver.improve()
         return solver.error() * factor**2
 
     return usual * min(SCALES, key=error), residual

@@ -4,6 +4,8 @@ Sylvester (1867): H_2n = H_2 (x) H_n. Paley, "On Orthogonal Matrices", J. Math. 
 for q = 1 mod 4, from the quadratic character of the field of q elements. Williamson, "Hadamard's Determinant Theorem and the Sum of Four Squares",
 Duke Math. J. 11 (1944): order 4t from four symmetric circulant matrices with A^2 + B^2 + C^2 + D^2 = 4t I.
 
+Of the matrices of one order those are taken that the authors of QuIP# take (they have 12 of these orders), so that both transforms are the same.
+
 The transform of n = m 2^k numbers is U = (B (x) H) / sqrt(n), B of order m, H Sylvester's of order 2^k: H H^T = n I makes it orthogonal, and every entry has the
 same magnitude, which is what spreads outliers (QuIP#, arXiv:2402.04396, section 3). Where no B is known (n odd, or 4 times 47, ...) the cosine
 transform of the odd part takes its place: orthogonal too, its entries at most sqrt(2) times as large.
@@ -22,12 +24,14 @@ from ..errors import ShapeError
 LARGEST_BASE = 4096  # order of the other factor
 LARGEST_FACTOR = 64  # of Sylvester's matrix, which is applied as several factors
 
-# t: generators of a group of units mod t that leaves the four rows as they are (beside -1), and the signs of its orbits in each row, one bit an orbit.
-WILLIAMSON: dict[int, tuple[tuple[int, ...], tuple[int, int, int, int]]] = {
-    23: ((), (43, 339, 412, 1819)),
-    29: ((), (459, 1765, 7204, 9461)),
-    39: ((), (421804, 358840, 448332, 147111)),
-    43: ((6,), (7, 46, 52, 98)),
+# t: the first (t + 1) / 2 signs of the first rows of A, B, C and D; the others mirror them. All but 23 are those of Sloane's library of Hadamard matrices.
+WILLIAMSON: dict[int, str] = {
+    13: "+-+--++ +---+++ ++-+--+ +----+-",
+    23: "+--+-+-+++++ +--++-+-+-++ +++---++--++ +--+--+++---",
+    29: "++--+--+-+++-++ ++++-++-+---+++ +-+---++--+-+++ +++---++--+-+--",
+    31: "+--+++-+--+----+ +--+++-+--+----+ +-----+++-+-+--+ ++++++---+-+-++-",
+    39: "+++--+-+-----+--++-- ++++---+--++----+-+- +++--++-+---+-+--+-- +---++-+-+-----+++-+",
+    43: "+---++--++++-+-+++-++- ++-++++++----+-+--++-+ +++-+-++--+-+-++++-+-- ++---++++-+--+--++----",
 }
 
 
@@ -101,7 +105,7 @@ def _matrix(order: int) -> Tensor | None:
         return _sylvester(order)
     if order % 4:
         return None
-    for made in (_paley(order), _williamson(order)):
+    for made in (_williamson(order), _paley(order)):
         if made is not None:
             return made
     half = _matrix(order // 2) if order % 8 == 0 else None
@@ -142,18 +146,16 @@ def _sylvester(order: int) -> Tensor:
 
 
 def _paley(order: int) -> Tensor | None:
-    q = order - 1
-    if q % 4 == 3 and (field := _prime_power(q)):
-        S = torch.zeros(order, order, dtype=torch.int8)
-        S[0, 1:], S[1:, 0], S[1:, 1:] = 1, -1, _characters(*field)
-        return S + torch.eye(order, dtype=torch.int8)
-    q = order // 2 - 1
-    if q % 4 == 1 and (field := _prime_power(q)):
-        C = torch.zeros(q + 1, q + 1, dtype=torch.int8)
-        C[0, 1:], C[1:, 0], C[1:, 1:] = 1, 1, _characters(*field)
-        two = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
-        return torch.kron(C, two) + torch.kron(torch.eye(q + 1, dtype=torch.int8), torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8))
-    return None
+    """His first construction, then the second; fields of a prime number of elements before those of a power."""
+    fields = [(kind, field) for kind, q, rest in ((1, order - 1, 3), (2, order // 2 - 1, 1)) if q % 4 == rest and (field := _prime_power(q))]
+    if not fields:
+        return None
+    kind, (p, k) = min(fields, key=lambda found: (found[1][1], found[0]))
+    chi = _characters(p, k)
+    one = torch.eye(len(chi) + 1, dtype=torch.int8)
+    S = torch.zeros_like(one)
+    S[0, 1:], S[1:, 0], S[1:, 1:] = -1 if kind == 1 else 1, 1, chi
+    return S + one if kind == 1 else torch.cat([torch.cat([S + one, S - one], 1), torch.cat([S - one, -S - one], 1)])
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
@@ -205,17 +207,11 @@ def _williamson(order: int) -> Tensor | None:
     t = order // 4
     if t not in WILLIAMSON:
         return None
-    generators, codes = WILLIAMSON[t]
-    A, B, C, D = (_circulant(t, generators, code) for code in codes)
+    A, B, C, D = (_circulant(half) for half in WILLIAMSON[t].split())
     return torch.cat([torch.cat(row, 1) for row in ((A, B, C, D), (-B, A, -D, C), (-C, D, A, -B), (-D, -C, B, A))])
 
 
-def _circulant(t: int, generators: tuple[int, ...], code: int) -> Tensor:
-    group = {1}
-    while (larger := group | {a * g % t for a in group for g in (t - 1, *generators)}) != group:
-        group = larger
-    row = torch.ones(t, dtype=torch.int8)
-    orbits = sorted({tuple(sorted({a * g % t for g in group})) for a in range(1, t)})
-    for number, orbit in enumerate(orbits):
-        row[list(orbit)] = -1 if code >> number & 1 else 1
-    return torch.stack([row.roll(i) for i in range(t)])
+def _circulant(half: str) -> Tensor:
+    """The symmetric circulant matrix whose first row begins so."""
+    row = torch.tensor([1 if sign == "+" else -1 for sign in half + half[:0:-1]], dtype=torch.int8)
+    return torch.stack([row.roll(i) for i in range(len(row))])

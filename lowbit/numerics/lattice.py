@@ -3,7 +3,7 @@
 Tseng et al., "QuIP#: Even Better LLM Quantization with Hadamard Incoherence and Lattice Codebooks", arXiv:2402.04396, section 3 and 4. With U the transform of numerics/hadamard.py and
 random signs s, t for columns and rows
 
-    W' = U diag(t) W diag(s) U^T        W'[i, 8 j : 8 j + 8] = scale * (point of the code)
+    W' = U^T diag(t) W diag(s) U        W'[i, 8 j : 8 j + 8] = scale * (point of the code)
 
 A point of E8P is v + 1/4 or v - 1/4 in all components, v = one of 256 rows of magnitudes in {1/2, 3/2, 5/2} with signs that make its sum even: 16 bits for eight
 numbers. At 3 and 4 bits what is left, times a second scale, is rounded again: to one of 256 points of E8 (8 bits), or to E8P (16 bits). Codes are the authors':
@@ -191,13 +191,13 @@ def random_signs(count: int, generator: torch.Generator) -> Tensor:
 
 
 def incoherent(W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """U diag(rows) W diag(columns) U^T."""
-    return hadamard.mix(hadamard.mix(W * columns).T.contiguous() * rows).T.contiguous()
+    """U^T diag(rows) W diag(columns) U."""
+    return hadamard.unmix(hadamard.unmix(W * columns).T.contiguous() * rows).T.contiguous()
 
 
 def coherent(W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The inverse of incoherent."""
-    return hadamard.unmix((hadamard.unmix(W.T.contiguous()) * rows).T.contiguous()) * columns
+    return hadamard.mix((hadamard.mix(W.T.contiguous()) * rows).T.contiguous()) * columns
 
 
 def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), importance: Tensor | None = None) -> QuantizedTensor:

@@ -104,3 +104,34 @@ def test_an_outlier_does_not_hurt():
     W[5, 7] = 40
     error = lambda scheme: float((numerics.dequantize(numerics.quantize(W, scheme)) - W)[:, :7].square().mean())
     assert error(numerics.scheme_of("e8p2")) < 0.2 < error(Scheme(bits=2, block=(-1, -1)))
+
+
+@pytest.mark.parametrize("case", ["64x48", "40x56"])
+def test_the_transformed_matrices_are_the_authors(stored, case):
+    get = lambda name: stored[f"incoherence.{case}.{name}"].float()
+    W, H = get("W"), get("H")
+    if f"incoherence.{case}.scaleWH" in stored:  # their option to rescale columns first, which is not ours
+        W, H = W * get("scaleWH"), H / H.abs().max() / get("scaleWH") / get("scaleWH").unsqueeze(1)
+    torch.testing.assert_close(lattice.incoherent(W, get("SV"), get("SU")), get("Wr"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lattice.incoherent(H, get("SU"), get("SU")), get("Hr"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lattice.coherent(get("Wr"), get("SV"), get("SU")), W, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_layer_is_the_authors(stored, monkeypatch):
+    """From weights and Hessian to the values that stand for the weights: their quantize_linear with scale_override 0.9 and ten passes."""
+    W, mu, columns, rows = stored["layer.W"], stored["layer.mu"], stored["layer.SU"].float(), stored["layer.SV"].float().sign()
+    low = torch.tril_indices(len(mu), len(mu))
+    H = torch.zeros(len(mu), len(mu))
+    H[low[0], low[1]] = stored["layer.flatH"]
+    H = H + H.tril(-1).T + mu[:, None] * mu
+    H = H / H.diagonal().mean()
+    H.diagonal().add_(0.01)
+    turned = lattice.incoherent(W / W.square().mean().sqrt(), rows, columns)
+    H = lattice.incoherent(H, columns, columns)
+    scale = lattice.scale_of(turned, 0.9)
+    solver = Solver(turned / scale, H, block_ldl(H), lattice.KINDS["e8p2"], None)
+    solver.first()
+    monkeypatch.setattr(solver, "error", iter([float(1000 - i) for i in range(100)]).__next__)  # they take every pass
+    for _ in range(10):
+        solver.improve()
+    torch.testing.assert_close(lattice.coherent(solver.hat * scale, rows, columns), stored["layer.hatW"], rtol=1e-3, atol=1e-3)
