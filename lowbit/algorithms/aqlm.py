@@ -24,18 +24,20 @@ from ..numerics import additive
 from ..scheme import Scheme
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from .error import exact_output_energy
 from .gptq import dead_columns
+from .guided import GuidedOptions
 
 GROUP = additive.GROUP
 STOP = 1e-8
 
 
 @dataclass(frozen=True)
-class AqlmOptions:
+class AqlmOptions(GuidedOptions):
     """kmeans: steps of k-means for each codebook. rounds: at most so many; tolerance: stop when one gains less than this share of the error.
 
     beam: hypotheses kept for each row in the search. steps: of conjugate gradients in each round. damp: added to H's diagonal, as a share of its mean.
-    seed: of the k-means' starting points. guided, guide_power, guide_cap: as of gptq: tokens weigh by the gradient of the loss.
+    seed: of the k-means' starting points. And those of GuidedOptions.
     """
 
     kmeans: int = 50
@@ -45,12 +47,10 @@ class AqlmOptions:
     steps: int = 4
     damp: float = 1e-3
     seed: int = 0
-    guided: bool = False
-    guide_power: float = 0.75
-    guide_cap: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.kmeans, self.rounds, self.steps) < 0 or self.beam < 1 or not 0 <= self.damp <= 1 or not 0 <= self.tolerance < 1 or self.guide_power <= 0 or self.guide_cap < 0:
+        super().__post_init__()
+        if min(self.kmeans, self.rounds, self.steps) < 0 or self.beam < 1 or not 0 <= self.damp <= 1 or not 0 <= self.tolerance < 1:
             raise RecipeError(
                 f"kmeans {self.kmeans}, rounds {self.rounds}, steps {self.steps}, beam {self.beam}, damp {self.damp}, tolerance {self.tolerance}: "
                 "expected counts of 0 or more, a beam of at least 1, and shares between 0 and 1."
@@ -79,7 +79,6 @@ def aqlm(W: Tensor, scheme: Scheme, stats: LayerStats, options: AqlmOptions, not
         state.search(options.beam)
         error = state.error()
         if error > (1 - options.tolerance) * best:
-            best = min(best, error)
             break
         best = error
     state.fit(options.steps)
@@ -87,7 +86,7 @@ def aqlm(W: Tensor, scheme: Scheme, stats: LayerStats, options: AqlmOptions, not
 
 
 class _State:
-    """codes [n, J, M], books [M, K, 8], scale [n] of one matrix, and R = (W - What) H."""
+    """codes [n, J, M], books [M, K, 8], scale [n] of one matrix."""
 
     def __init__(self, W: Tensor, H: Tensor, codes: Tensor, books: Tensor, scale: Tensor) -> None:
         self.W, self.H, self.codes, self.books, self.scale = W, H, codes, books, scale
@@ -97,8 +96,7 @@ class _State:
 
     def error(self) -> float:
         """tr(dW H dW^T)."""
-        D = self.W - self.decoded()
-        return float(((D @ self.H) * D).sum(dtype=torch.float64))
+        return exact_output_energy(self.W - self.decoded(), self.H)
 
     def fit(self, steps: int) -> None:
         """Scales of all rows in closed form, then the codebooks by conjugate gradients; codes stay."""

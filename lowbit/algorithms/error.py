@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -13,3 +14,8 @@ def output_energy(D: Tensor, H: Tensor) -> float:
     if H.ndim == 3:
         return sum(output_energy(rows, own) for rows, own in zip(D.tensor_split(len(H)), H, strict=True))
     return float((D.bfloat16() @ H.bfloat16()).float().mul_(D).sum())
+
+
+def exact_output_energy(D: Tensor, H: Tensor) -> float:
+    """The same for one H, products in the tensors' own dtype, sum in float64: for steps that are compared with each other."""
+    return float((D @ H).mul_(D).sum(dtype=torch.float64))

@@ -29,6 +29,7 @@ from ..numerics.grids import Grid, Ranges
 from ..scheme import RangeSearch, Scheme
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from .guided import GuidedOptions
 from .parallel import over_rows
 
 ORDERS = ("natural", "activation", "groups")
@@ -38,14 +39,13 @@ LEAF = 192  # of the recursion that inverts a triangular matrix
 
 
 @dataclass(frozen=True)
-class GptqOptions:
+class GptqOptions(GuidedOptions):
     """damp: added to the diagonal, as a share of its mean. order: of columns, see the module. search, grid, max_shrink: how scales are found.
 
     sweeps: coordinate-descent sweeps over all codes after the loop.
     alpha: weight of GPTAQ's term (0: off; its authors take 0.25).
-    guided: tokens count in the Hessian by the squared gradient of the loss at the layer's output, to the power guide_power and at most guide_cap
-    times their mean (0: no limit); a backward sweep through the model finds them (pipeline/guidance.py). guide_groups: a Hessian for each of so many groups of
-    outputs (GuidedQuant, arXiv:2505.07004, eq. 7), at so many times the memory and time.
+    guide_groups: a Hessian for each of so many groups of outputs (GuidedQuant, arXiv:2505.07004, eq. 7), at so many times the memory and time.
+    And those of GuidedOptions.
     """
 
     damp: float = 0.01
@@ -55,9 +55,6 @@ class GptqOptions:
     max_shrink: float = 0.5
     sweeps: int = 1
     alpha: float = 0.0
-    guided: bool = False
-    guide_power: float = 0.75
-    guide_cap: float = 0.0
     guide_groups: int = 1
 
     def __post_init__(self) -> None:
@@ -69,8 +66,7 @@ class GptqOptions:
             raise RecipeError(f"sweeps is {self.sweeps}; expected 0 or more.")
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha is {self.alpha}; expected 0 (off) to 1, usually 0.25.")
-        if self.guide_power <= 0 or self.guide_cap < 0:
-            raise RecipeError(f"guide_power is {self.guide_power} and guide_cap {self.guide_cap}; expected a power above 0 and a cap of 0 (none) or more.")
+        super().__post_init__()
         if self.guide_groups < 1 or (self.guide_groups > 1 and (self.alpha or not self.guided)):
             raise RecipeError(f"guide_groups is {self.guide_groups}; expected at least 1, and more only with guided = true and alpha = 0.")
         _ = self.range_search  # which checks its own

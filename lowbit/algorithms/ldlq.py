@@ -23,7 +23,9 @@ from ..numerics.lattice import GROUP, Kind
 from ..scheme import Scheme
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from .error import exact_output_energy
 from .gptq import dead_columns
+from .guided import GuidedOptions
 from .parallel import over_rows
 
 PANEL = 128  # columns whose feedback is summed at once
@@ -32,11 +34,10 @@ SCALES = (0.8, 0.87, 0.94, 1.0, 1.06)  # of the usual one
 
 
 @dataclass(frozen=True)
-class LdlqOptions:
+class LdlqOptions(GuidedOptions):
     """damp: added to the Hessian's diagonal, as a share of its mean. passes: at most so many over all blocks after the first (the authors: 10); they end when one gains
     less than the share tolerance of the error. search: of the scale. seed: of the signs.
-
-    guided, guide_power, guide_cap: as of gptq: tokens weigh by the gradient of the loss.
+    And those of GuidedOptions.
     """
 
     damp: float = 0.01
@@ -44,14 +45,11 @@ class LdlqOptions:
     tolerance: float = 0.003
     search: bool = True
     seed: int = 0
-    guided: bool = False
-    guide_power: float = 0.75
-    guide_cap: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp <= 1 or self.passes < 0 or not 0 <= self.tolerance < 1 or self.guide_power <= 0 or self.guide_cap < 0:
-            given = f"damp is {self.damp}, passes {self.passes}, tolerance {self.tolerance}, guide_power {self.guide_power}, guide_cap {self.guide_cap}"
-            raise RecipeError(f"{given}; expected 0 to 1 (usually 0.01), 0 or more, 0 to 1, above 0, and 0 or more.")
+        super().__post_init__()
+        if not 0 < self.damp <= 1 or self.passes < 0 or not 0 <= self.tolerance < 1:
+            raise RecipeError(f"damp is {self.damp}, passes {self.passes}, tolerance {self.tolerance}; expected 0 to 1 (usually 0.01), 0 or more, and 0 to 1.")
 
 
 def ldlq(W: Tensor, scheme: Scheme, stats: LayerStats, options: LdlqOptions, notes: list[str]) -> QuantizedTensor:
@@ -136,8 +134,7 @@ class Solver:
 
     def error(self) -> float:
         """tr(dW H dW^T)."""
-        D = self.W - self.hat
-        return float(((D @ self.H) * D).sum(dtype=torch.float64))
+        return exact_output_energy(self.W - self.hat, self.H)
 
     def _round(self, k: int, x: Tensor) -> None:
         values, code, second = lattice.round_vectors(x.contiguous(), self.kind, self.residual)

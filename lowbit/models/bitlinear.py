@@ -1,7 +1,7 @@
 """BitLinear: a linear layer of binary or ternary weights that reads 8-bit activations, computed on the codes.
 
 Wang et al., "BitNet", arXiv:2310.11453, eq. 4 and 11; Ma et al., "The Era of 1-bit LLMs", arXiv:2402.17764 (absmean ternary weights, absmax activations for each
-token). The layer keeps four codes in a byte (binary ones, too). An ordinary model does not survive this rounding; it has to be trained with it.
+token). The layer keeps a code in two bits (binary ones, too). An ordinary model does not survive this rounding; it has to be trained with it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
-from ..numerics import ternary
+from ..numerics import packing, ternary
 from ..scheme import Scheme
 from ..tensor import QuantizedTensor
 
-SHIFTS = (0, 2, 4, 6)
+BITS = 2
 
 
 class BitLinear(nn.Module):
     """y = (codes' values @ round(x 127 / max|x|)) scale max|x| / 127 + bias, the product of whole numbers exact in float32.
 
-    packed: uint8 [out_features, ceil(in_features / 4)]; scale: float32 [1] or [out_features, 1].
+    packed: int32 [out_features, ceil(in_features / 16)], sixteen codes in a word; scale: float32 [1] or [out_features, 1].
     """
 
     packed: Tensor
@@ -34,8 +34,7 @@ class BitLinear(nn.Module):
             raise RecipeError(f"BitLinear holds binary and ternary weights with a scale for the tensor or for each channel, and not {qt.scheme.name}.")
         self.out_features, self.in_features = qt.shape
         self.values = ternary.KINDS[qt.scheme.format].values
-        codes = torch.nn.functional.pad(qt.parts["codes"], (0, -qt.shape[1] % 4)).view(qt.shape[0], -1, 4)
-        self.register_buffer("packed", torch.stack([codes[..., i] << shift for i, shift in enumerate(SHIFTS)]).sum(0).to(torch.uint8))
+        self.register_buffer("packed", packing.pack(qt.parts["codes"], BITS))
         self.register_buffer("scale", qt.parts["scale"].float().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
@@ -46,7 +45,7 @@ class BitLinear(nn.Module):
 
     def signs(self) -> Tensor:
         """The weights without their scale, -1, 0 and 1, float32 [out_features, in_features]."""
-        codes = torch.stack([self.packed >> shift & 3 for shift in SHIFTS], dim=-1).flatten(1)[:, : self.in_features]
+        codes = packing.unpack(self.packed, BITS, self.in_features)
         return torch.tensor(self.values, device=codes.device)[codes.int()]
 
     def forward(self, x: Tensor) -> Tensor:

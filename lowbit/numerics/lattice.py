@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..scheme import RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import hadamard
+from . import hadamard, packing
 
 GROUP = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -247,20 +247,18 @@ def _signed(code: Tensor) -> Tensor:
 
 
 def _pack(signs: Tensor) -> Tensor:
-    """Eight signs in a byte, the first in the lowest bit; set: -1."""
-    bits = torch.nn.functional.pad((signs < 0).to(torch.uint8), (0, -len(signs) % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
+    """32 signs in a word, int32; set: -1."""
+    return packing.pack((signs < 0).to(torch.uint8).unsqueeze(0), 1)[0]
 
 
 def _unpack(packed: Tensor, count: int) -> Tensor:
-    bits = packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1
-    return 1.0 - 2.0 * bits.flatten()[:count].float()
+    return 1.0 - 2.0 * packing.unpack(packed.unsqueeze(0), 1, count)[0].float()
 
 
 def bits(scheme: Scheme, rows: int, columns: int) -> int:
-    """The codes, a scale (two with a residual stage) and a sign for each row and column, in whole bytes."""
+    """The codes, a scale (two with a residual stage) and a sign for each row and column, in whole words."""
     kind = KINDS[scheme.format]
-    return rows * columns * kind.bits + (32 if kind.residual is None else 64) + 8 * (-(-rows // 8) - (-columns // 8))
+    return rows * columns * kind.bits + (32 if kind.residual is None else 64) + 32 * (packing.words_per_row(rows, 1) + packing.words_per_row(columns, 1))
 
 
 def describe(name: str) -> str:

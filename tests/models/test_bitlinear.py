@@ -24,7 +24,7 @@ def test_the_formula_of_the_paper(kind, columns, dtype):
     expected = (torch.round(x.float() * scale).clamp(-128, 127) / scale) @ (weight * mean).T + layer.bias.float()
     made = BitLinear.from_linear(layer, kind)
     torch.testing.assert_close(made(x).float(), expected.to(dtype).float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
-    assert made.packed.shape == (24, -(-columns // 4)) and made.packed.dtype == torch.uint8
+    assert made.packed.shape == (24, -(-columns // 16)) and made.packed.dtype == torch.int32
     assert torch.equal(made.signs(), weight)
 
 
