@@ -70,7 +70,7 @@ ROWS = (
     ("2-bit", "guided AQLM 2x8", "2x8-aqlm-guided"),
     ("1.58-bit", "ternary, absmean", "ternary-rtn"),
     ("1-bit", "binary, mean", "binary-rtn"),
-    ("4-bit", "AutoRound, 50 steps", AUTOROUND.format(bits=4, sym="sym")),
+    ("4-bit", "AutoRound, 50 steps", AUTOROUND.format(bits=4, sym="sym-full")),
     ("3-bit", "AutoRound, 50 steps", AUTOROUND.format(bits=3, sym="asym")),
 )
 MAKE = """
