@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, RecipeError
 from ..scheme import Scheme
-from . import bitsandbytes, compressed_tensors, ct_layouts, gguf, gptq, safetensors
+from . import bitsandbytes, compressed_tensors, ct_layouts, gguf, gptq, own, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 
 __all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "open_checkpoint", "target"]
@@ -43,6 +43,7 @@ TARGETS: dict[str, Target] = {
     "awq": Target(gptq.write("awq"), gptq.check("awq"), "int4-asym-g64-awq-rtn", "transformers with gptqmodel; vLLM", scale_dtype="float16"),
     "auto-round": Target(gptq.write("auto-round"), gptq.check("auto-round"), "int4-sym-g64-gptq", "transformers with auto-round", scale_dtype="float16"),
     "bitsandbytes": Target(bitsandbytes.write, bitsandbytes.check, "nf4-g64-dq-rtn", "transformers with bitsandbytes, peft", scale_dtype="float32"),
+    "lowbit": Target(own.write, own.check, "quip-2", "lowbit; transformers after import lowbit.hf"),
     "safetensors": Target(safetensors.write_folder, lambda scheme, shape, name: None, "int4-sym-g64-gptq", "anything: dense weights that lie on the grid"),
 }
 
@@ -53,6 +54,7 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "awq": gptq.open_folder,
     "auto-round": gptq.open_folder,
     "bitsandbytes": bitsandbytes.open_folder,
+    "lowbit": own.open_folder,
 }
 
 

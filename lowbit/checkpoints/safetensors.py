@@ -83,10 +83,10 @@ def quant_method(config: dict, path: Path) -> str | None:
     return section.get("quant_method")
 
 
-def open_tensors(path: Path) -> dict[str, LazyTensor]:
-    """All tensors of a folder's shards, lazily, by name."""
+def open_tensors(path: Path, variant: str = "") -> dict[str, LazyTensor]:
+    """All tensors of a folder's shards, lazily, by name. variant: in transformers' sense, of the weights' file names."""
     tensors: dict[str, LazyTensor] = {}
-    for shard, names in _shards(path).items():
+    for shard, names in _shards(path, variant).items():
         stored = open_file(shard)
         missing = set(names or ()) - set(stored)
         if missing:
@@ -95,8 +95,14 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _shards(path: Path) -> Mapping[Path, list[str] | None]:
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+def weight_names(variant: str = "") -> tuple[str, str]:
+    """The name of a folder's only weights file, and of the index of several, as transformers names them."""
+    mark = f".{variant}" if variant else ""
+    return f"model{mark}.safetensors", f"model.safetensors.index{mark}.json"
+
+
+def _shards(path: Path, variant: str) -> Mapping[Path, list[str] | None]:
+    single, index = (path / name for name in weight_names(variant))
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -110,10 +116,10 @@ def _shards(path: Path) -> Mapping[Path, list[str] | None]:
     others = sorted(p.name for p in path.glob("*.safetensors"))
     pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
     if others:
-        raise CheckpointError(f"{path} holds {', '.join(others[:3])} but no model.safetensors and no model.safetensors.index.json.")
+        raise CheckpointError(f"{path} holds {', '.join(others[:3])} but no {single.name} and no {index.name}.")
     if pickles:
         raise CheckpointError(f"{path} holds its weights as pickles ({pickles[0]}), which lowbit never loads: a pickle can run any code. Save it as safetensors first (save_pretrained).")
-    raise CheckpointError(f"{path} holds no weights: expected model.safetensors, or shards with model.safetensors.index.json.")
+    raise CheckpointError(f"{path} holds no weights: expected {single.name}, or shards with {index.name}.")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -163,8 +169,8 @@ class ShardWriter:
     expect (an estimate; a full header only begins a new shard). Nothing has its final name before close(). Same tensors, same bytes.
     """
 
-    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES, variant: str = "") -> None:
+        self.folder, self.max_bytes, self.variant = folder, max_bytes, variant
         self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8)
         self._file: BinaryIO | None = None
         self._shards: list[tuple[Path, list[str]]] = []
@@ -229,13 +235,14 @@ class ShardWriter:
         if self._file or not self._shards:
             self._finish_shard(self._file or self._start_shard())
         count, weight_map = len(self._shards), {}
+        single, index_name = weight_names(self.variant)
         for number, (path, names) in enumerate(self._shards, start=1):
-            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            final = single if count == 1 else f"{single.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
             os.replace(path, self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_text(self.folder / index_name, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -259,13 +266,20 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
 
 
 def write_packed(
-    checkpoint: Checkpoint, folder: Path, stored: Callable[[str], Mapping[str, Tensor | LazyTensor]], section: dict | None, *, entries: int, progress: Callable[[int], None]
+    checkpoint: Checkpoint,
+    folder: Path,
+    stored: Callable[[str], Mapping[str, Tensor | LazyTensor]],
+    section: dict | None,
+    *,
+    entries: int,
+    progress: Callable[[int], None],
+    variant: str = "",
 ) -> None:
     """Write a folder whose quantized matrices are several tensors each: stored(name) gives them, section is config.json's quantization_config, entries how many a matrix has.
 
     Tensors are streamed by name in natural order.
     """
-    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized)) as writer:
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized), variant=variant) as writer:
         for name in sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key):
             for key, tensor in ({name: checkpoint.tensors[name]} if name in checkpoint.tensors else stored(name)).items():
                 progress(writer.add(key, tensor))

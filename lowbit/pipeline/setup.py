@@ -67,7 +67,7 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         outside = outside_matrices(skeleton)
         if not own_head and len(outside) > 1:
             notes.append("The head was tied to the embedding; rotated, it is a tensor of its own (it takes the weight of the final norm).")
-    packed = recipe.target not in ("gguf", "safetensors")
+    packed = recipe.target not in ("gguf", "safetensors", "lowbit")
     if packed and any(linear.transposed for block in linears for linear in block):
         raise ModelError(
             f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which no program reads from {recipe.target}. Write it with --to gguf or --to safetensors."
