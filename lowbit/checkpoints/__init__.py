@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, RecipeError
 from ..scheme import Scheme
-from . import bitsandbytes, compressed_tensors, ct_layouts, gguf, gptq, own, safetensors
+from . import aqlm, bitnet, bitsandbytes, compressed_tensors, ct_layouts, gguf, gptq, hqq, own, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 
 __all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "open_checkpoint", "target"]
@@ -43,6 +43,9 @@ TARGETS: dict[str, Target] = {
     "awq": Target(gptq.write("awq"), gptq.check("awq"), "int4-asym-g64-awq-rtn", "transformers with gptqmodel; vLLM", scale_dtype="float16"),
     "auto-round": Target(gptq.write("auto-round"), gptq.check("auto-round"), "int4-sym-g64-gptq", "transformers with auto-round", scale_dtype="float16"),
     "bitsandbytes": Target(bitsandbytes.write, bitsandbytes.check, "nf4-g64-dq-rtn", "transformers with bitsandbytes, peft", scale_dtype="float32"),
+    "hqq": Target(hqq.write, hqq.check, "int4-asym-g64-hqq", "hqq, vLLM, transformers 4 (transformers 5.23 does not)"),
+    "aqlm": Target(aqlm.write, aqlm.check, "aqlm-2x8", "transformers with aqlm"),
+    "bitnet": Target(bitnet.write, bitnet.check, "bitnet", "transformers"),
     "lowbit": Target(own.write, own.check, "quip-2", "lowbit; transformers after import lowbit.hf"),
     "safetensors": Target(safetensors.write_folder, lambda scheme, shape, name: None, "int4-sym-g64-gptq", "anything: dense weights that lie on the grid"),
 }
@@ -54,6 +57,9 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "awq": gptq.open_folder,
     "auto-round": gptq.open_folder,
     "bitsandbytes": bitsandbytes.open_folder,
+    "hqq": hqq.open_folder,
+    "aqlm": aqlm.open_folder,
+    "bitnet": bitnet.open_folder,
     "lowbit": own.open_folder,
 }
 

@@ -57,11 +57,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
     """Write a checkpoint as a bitsandbytes folder; folder must exist and be empty. Raises as check does, before any work."""
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
-    schemes = {entry.scheme for entry in checkpoint.quantized.values()}
-    if len(schemes) != 1:
-        names = ", ".join(sorted(scheme.name for scheme in schemes))
-        raise RecipeError(f"bitsandbytes holds one scheme for all layers, and this has {len(schemes)}: {names}. Use --to compressed-tensors for mixtures.")
-    scheme = schemes.pop()
+    scheme = safetensors.one_scheme(checkpoint, KIND)
     encode = _encode8 if scheme.format == INT else _encode4
     safetensors.write_packed(checkpoint, folder, lambda name: encode(checkpoint.quantized[name].load(), name.removesuffix(".weight")), _section(scheme), entries=6, progress=progress)
 

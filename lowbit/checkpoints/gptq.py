@@ -120,10 +120,7 @@ def write(kind: str) -> Callable[..., None]:
     def run(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
         for name, entry in checkpoint.quantized.items():
             check(kind)(entry.scheme, entry.shape, name)
-        schemes = {entry.scheme for entry in checkpoint.quantized.values()}
-        if len(schemes) != 1:
-            raise RecipeError(f"{kind} holds one scheme for all layers, and this has {len(schemes)}: {', '.join(sorted(scheme.name for scheme in schemes))}. Use --to compressed-tensors for mixtures.")
-        scheme = schemes.pop()
+        scheme = safetensors.one_scheme(checkpoint, kind)
         layout = AWQ if kind == "awq" else V1 if scheme.symmetric else V2
         names = ("qweight", "qzeros", "scales") if kind != "gptq" else PARTS
 

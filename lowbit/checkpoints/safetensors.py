@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError
-from ..scheme import Rounding
+from ..scheme import Rounding, Scheme
 from .checkpoint import Checkpoint, LazyTensor
 
 PROVENANCE = "lowbit.json"
@@ -284,6 +284,15 @@ def write_packed(
             for key, tensor in ({name: checkpoint.tensors[name]} if name in checkpoint.tensors else stored(name)).items():
                 progress(writer.add(key, tensor))
     _write_side_files(checkpoint, folder, section)
+
+
+def one_scheme(checkpoint: Checkpoint, target: str) -> Scheme:
+    """The scheme of all quantized matrices; RecipeError where there are several, for layouts that hold one."""
+    schemes = {entry.scheme for entry in checkpoint.quantized.values()}
+    if len(schemes) != 1:
+        names = ", ".join(sorted(scheme.name for scheme in schemes))
+        raise RecipeError(f"{target} holds one scheme for all layers, and this has {len(schemes)}{f': {names}' if names else ''}. Use --to compressed-tensors or --to lowbit for mixtures.")
+    return schemes.pop()
 
 
 def natural_key(name: str) -> str:
