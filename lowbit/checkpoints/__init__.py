@@ -86,7 +86,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files; name one of them, e.g. {ggufs[0]}.")
     method = safetensors.quant_method(safetensors.read_json(path / "config.json"), path)
     if method is None:
-        return safetensors.open_folder(path)
+        return hqq.open_folder(path) if hqq.is_one(path) else safetensors.open_folder(path)
     if method not in READERS:
         raise CheckpointError(f"{path} is quantized with {method!r}, which this version does not read; it reads dense folders, {', '.join(READERS)} and GGUF.")
     return READERS[method](path)

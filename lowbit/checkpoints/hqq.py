@@ -2,7 +2,7 @@
 
 Of a linear X [N, K] there is no X.weight but the state of one HQQLinear. With groups of g, axis 1: the matrix as [N K / g, g], a scale for each row; axis 0: as [g, N K / g], one for each column.
 
-    X.W_q          uint8 [R b / 8, C]      rows R of that matrix in slabs: with 4 bits row i in the high half and row i + R / 2 in the low half of byte row i, with 2 bits quarters, the first highest.
+    X.W_q          uint8 [R b / 8, C]      rows R of that matrix in slabs: with 4 bits row i in the high half and row i + R / 2 in the low half of byte row i, with 2 bits (1 bit) quarters (eighths), the first highest.
                                            3 bits: int32 [ceil(R / 10), C], tenths of the rows, the first at bit 27, the last at bit 0
     X.scale        [R, 1] or [1, C]        w = (code - zero) scale, computed in their dtype
     X.zero         the same shape          any number
@@ -25,7 +25,7 @@ from . import safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 
 KIND = "hqq"
-PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
+PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 FLAGS = {
     "view_as_float": 0, "quant_scale": 0, "quant_zero": 0, "offload_meta": 0, "encoded_state_dict": 1, "stores_quant_config": 1, "channel_wise": 1, "optimize": 1, "round_zero": 0,
 }  # fmt: skip
@@ -40,7 +40,7 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     layer = name.removesuffix(".weight")
     if scheme.format != INT or scheme.bits not in PACKING or scheme.symmetric or scheme.zero_dtype != "float" or scheme.outliers is not None or scheme.act is not None:
         raise RecipeError(
-            f"{layer}: hqq cannot hold {scheme.name}; it holds integers of 2, 3, 4 or 8 bits with float zero-points (the algorithm hqq makes them), with nothing rounded but weights. "
+            f"{layer}: hqq cannot hold {scheme.name}; it holds integers of 1, 2, 3, 4 or 8 bits with float zero-points (the algorithm hqq makes them), with nothing rounded but weights. "
             "Use a recipe such as int4-asym-g64-hqq, or another target."
         )
     numerics.check_shape(scheme, shape, name=layer)
@@ -125,6 +125,11 @@ def _section(checkpoint: Checkpoint) -> dict:
 # ------------------------------------------------------------------------------------------------------------------ reading
 
 
+def is_one(path: Path) -> bool:
+    """Whether a folder whose config says nothing of it holds HQQ's tensors: hqq's own save_to_safetensors writes such ones."""
+    return any(name.endswith(".W_q") for name in safetensors.open_tensors(path))
+
+
 def open_folder(path: Path) -> Checkpoint:
     """Open an HQQ folder: its matrices become quantized weights, with their codes exactly as written. CheckpointError for tensors that contradict each other."""
     config = safetensors.read_json(path / "config.json")
@@ -145,13 +150,13 @@ def _open_module(module: str, tensors: Mapping[str, LazyTensor], config: dict, p
     bits, size, axis = (_number(found[part], f"{module}.{part}", path) for part in ("nbits", "group_size", "axis"))
     sides = found["shape"].load().tolist() if found["shape"].dtype == torch.int64 and found["shape"].shape == (2,) else []
     if len(sides) != 2 or not all(0 < side < 1 << 40 for side in sides) or bits not in PACKING or axis not in (0, 1) or not 0 < size <= sides[0] * sides[1]:
-        raise CheckpointError(f"{path}: {module} has shape {sides}, {bits} bits, groups of {size} along axis {axis}; expected [N, K], 2, 3, 4 or 8 bits and axis 0 or 1.")
+        raise CheckpointError(f"{path}: {module} has shape {sides}, {bits} bits, groups of {size} along axis {axis}; expected [N, K], 1, 2, 3, 4 or 8 bits and axis 0 or 1.")
     rows, columns = sides
     if found["packing"].numel > LONGEST_TEXT or bytes(found["packing"].load().to(torch.uint8).tolist()) != PACKING[bits].encode():
         raise CheckpointError(f"{path}: {module}.packing is not {PACKING[bits]}, which {bits} bits have.")
     if flag := next((name for name in ("view_as_float", "quant_scale", "quant_zero") if name in found and _number(found[name], f"{module}.{name}", path)), None):
         raise CheckpointError(f"{path}: {module} has {flag} set, which this version does not read.")
-    if (columns if axis == 1 else rows) % size:
+    if (columns if axis == 1 else rows * columns) % size:
         raise CheckpointError(f"{path}: {module}: groups of {size} along axis {axis} do not divide {[rows, columns]}, which this version does not read.")
     count = rows * columns // size
     height, width = (count, size) if axis == 1 else (size, count)

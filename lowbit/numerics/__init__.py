@@ -37,7 +37,7 @@ class Format:
 
 
 def _int_bits(scheme: Scheme, rows: int, columns: int) -> int:
-    groups = 1 if scheme.block == (-1, -1) else rows // scheme.block[0] * columns if scheme.block[0] > 1 else rows * scheme.groups(columns)
+    groups = 1 if scheme.block == (-1, -1) else rows * columns // scheme.block[0] if scheme.block[0] > 1 else rows * scheme.groups(columns)
     scale_bits = 32 if scheme.scale_dtype == SCALE_DTYPES[0] else 16
     zero_bits = 0 if scheme.symmetric else scheme.bits if scheme.zero_dtype == "int" else scale_bits
     return rows * columns * scheme.bits + groups * (scale_bits + zero_bits)
@@ -150,6 +150,8 @@ def check_shape(scheme: Scheme, shape: tuple[int, ...], *, name: str = "the weig
     multiple = entry(scheme).multiple
     if shape[1] % multiple:
         raise ShapeError(f"{name}: {scheme.name} needs in_features to be a multiple of {multiple}, and {shape[1]} is not.")
+    if scheme.block[0] > 1 and shape[0] * shape[1] % scheme.block[0]:
+        raise ShapeError(f"{name}: groups of {scheme.block[0]} do not divide {shape[0]} x {shape[1]} weights.")
     if scheme.format in lattice.KINDS:
         for side in shape:
             hadamard.check(side)

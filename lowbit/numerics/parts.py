@@ -79,7 +79,7 @@ def optional(scheme: Scheme) -> tuple[str, ...]:
 def _scales(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
     if scheme.block == (-1, -1):
         return 1, 1
-    return (shape[0] // scheme.block[0] * shape[1], 1) if scheme.block[0] > 1 else (shape[0], scheme.groups(shape[1]))
+    return (shape[0] * shape[1] // scheme.block[0], 1) if scheme.block[0] > 1 else (shape[0], scheme.groups(shape[1]))
 
 
 def _int(scheme: Scheme, shape: tuple[int, int]) -> Shapes:
