@@ -17,7 +17,7 @@ from tiny import llama, logits, save, variant
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
-DECODED = [f"model.layers.0.{name}.weight" for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")]
+DECODED = [f"model.layers.0.{name}.weight" for name in ("self_attn.k_proj", "mlp.down_proj")]
 
 
 def settings(block: list[int] | None, scale_fmt: str = "float") -> SimpleNamespace:

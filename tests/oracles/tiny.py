@@ -19,8 +19,8 @@ SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_att
 
 def shaken(model):
     """The model with norms and biases that are not all ones and zeros, in evaluation mode."""
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("bias"):
             parameter.data += torch.randn_like(parameter) * 0.1
     return model.eval()
 
