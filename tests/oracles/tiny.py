@@ -19,8 +19,8 @@ SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_att
 
 def shaken(model):
     """The model with norms and biases that are not all ones and zeros, in evaluation mode."""
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("bias"):
             parameter.data += torch.randn_like(parameter) * 0.1
     return model.eval()
 
@@ -44,11 +44,12 @@ def variant(folder: Path, decoded: dict[str, torch.Tensor], values: torch.Tensor
     return {"file": tensors, "decoded": decoded, "logits": values, "config": json.loads((folder / "config.json").read_text()), "metadata": metadata}
 
 
-def save(name: str, variants: dict[str, dict], extra: dict[str, torch.Tensor] | None = None) -> None:
-    """Write name.safetensors beside this file: the variants, and whatever else is to be kept."""
+def save(name: str, variants: dict[str, dict], extra: dict[str, torch.Tensor] | None = None, texts: dict | None = None) -> None:
+    """Write name.safetensors beside this file: the variants, and whatever else is to be kept; texts become JSON in its metadata."""
     first, *others = [kept["file"] for kept in variants.values()]
     shared = {key for key in first if others and all(key in other and other[key].dtype == first[key].dtype and torch.equal(other[key], first[key]) for other in others)}
-    tensors, texts = {f"shared.{key}": first[key] for key in shared} | (extra or {}), {}
+    texts = {label: json.dumps(text) for label, text in (texts or {}).items()}
+    tensors = {f"shared.{key}": first[key] for key in shared} | (extra or {})
     for label, kept in variants.items():
         tensors |= {f"{label}.file.{key}": value for key, value in kept["file"].items() if key not in shared}
         tensors |= {f"{label}.decoded.{key}": value.float() for key, value in kept["decoded"].items()} | {f"{label}.logits": kept["logits"]}
