@@ -6,15 +6,17 @@ Each convention of the world (nibble order, zero-points, row permutations) lives
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import CheckpointError, RecipeError
-from ..scheme import Scheme
-from . import aqlm, bitnet, bitsandbytes, compressed_tensors, ct_layouts, gguf, gptq, hqq, own, safetensors
+from ..errors import CheckpointError, LowbitError, RecipeError, ShapeError
+from ..scheme import INT, Scheme
+from . import aqlm, bitnet, bitsandbytes, compressed_tensors, ct_layouts, gguf, gptq, hqq, own, safetensors, torchao
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 
-__all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "open_checkpoint", "target"]
+__all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "holds", "open_checkpoint", "target"]
+
+ANY_SHAPE = (4096, 4096)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ TARGETS: dict[str, Target] = {
     "hqq": Target(hqq.write, hqq.check, "int4-asym-g64-hqq", "hqq, vLLM, transformers 4 (transformers 5.23 does not)"),
     "aqlm": Target(aqlm.write, aqlm.check, "aqlm-2x8", "transformers with aqlm"),
     "bitnet": Target(bitnet.write, bitnet.check, "bitnet", "transformers"),
+    "torchao": Target(torchao.write, torchao.check, "int4-sym-g64-gptq", "transformers with torchao (codes of all widths take a byte)"),
     "lowbit": Target(own.write, own.check, "quip-2", "lowbit; transformers after import lowbit.hf"),
     "safetensors": Target(safetensors.write_folder, lambda scheme, shape, name: None, "int4-sym-g64-gptq", "anything: dense weights that lie on the grid"),
 }
@@ -60,6 +63,7 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "hqq": hqq.open_folder,
     "aqlm": aqlm.open_folder,
     "bitnet": bitnet.open_folder,
+    "torchao": torchao.open_folder,
     "lowbit": own.open_folder,
 }
 
@@ -69,6 +73,18 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise RecipeError(f"target {name!r} is not known; expected one of {', '.join(TARGETS)}.")
     return TARGETS[name]
+
+
+def holds(name: str, scheme: Scheme) -> bool:
+    """Whether a target's files hold a scheme's codes, in matrices whose sides go with it."""
+    entry = TARGETS[name]
+    try:
+        entry.check(replace(scheme, scale_dtype=entry.scale_dtype or scheme.scale_dtype) if scheme.format == INT else scheme, ANY_SHAPE, "weight")
+    except ShapeError:
+        return True
+    except LowbitError:
+        return False
+    return True
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

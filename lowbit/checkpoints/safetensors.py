@@ -146,6 +146,18 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     return {name: _lazy(data[first:], header[name], name, path) for name in sorted(header) if name != "__metadata__"}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors, __metadata__, of all shards of a folder together."""
+    found: dict[str, str] = {}
+    for shard in _shards(path, ""):
+        try:
+            with safe_open(shard, framework="np") as file:
+                found.update(file.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{shard} is not a whole safetensors file: {error}. Download or copy it again.") from error
+    return found
+
+
 def _lazy(data: np.ndarray, entry: dict, name: str, path: Path) -> LazyTensor:
     """data: the file behind its header, uint8, mapped. entry: what the header says of this tensor."""
     shape, dtype, (begin, end) = tuple(entry["shape"]), _DTYPES.get(entry["dtype"]), entry["data_offsets"]
@@ -169,9 +181,10 @@ class ShardWriter:
     expect (an estimate; a full header only begins a new shard). Nothing has its final name before close(). Same tensors, same bytes.
     """
 
-    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES, variant: str = "") -> None:
+    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES, variant: str = "", metadata: Mapping[str, str] | None = None) -> None:
         self.folder, self.max_bytes, self.variant = folder, max_bytes, variant
-        self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8)
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8) + -(-len(json.dumps({"__metadata__": self._metadata})) // 8) * 8
         self._file: BinaryIO | None = None
         self._shards: list[tuple[Path, list[str]]] = []
         self.total_bytes = 0
@@ -213,9 +226,9 @@ class ShardWriter:
         path = self.folder / f"shard-{len(self._shards):05d}.tmp"
         self._file = open(path, "wb")  # noqa: SIM115  (open until the shard is full)
         self._file.seek(8 + self._room)
-        self._header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        self._header: dict[str, dict] = {"__metadata__": dict(self._metadata)}
         self._odd: list[tuple[str, Tensor | LazyTensor]] = []
-        self._header_bytes, self._offset, self._written = 256, 0, 0
+        self._header_bytes, self._offset, self._written = 256 + len(json.dumps(self._header)), 0, 0
         return self._file
 
     def _finish_shard(self, file: BinaryIO) -> None:
@@ -274,12 +287,13 @@ def write_packed(
     entries: int,
     progress: Callable[[int], None],
     variant: str = "",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder whose quantized matrices are several tensors each: stored(name) gives them, section is config.json's quantization_config, entries how many a matrix has.
 
     Tensors are streamed by name in natural order.
     """
-    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized), variant=variant) as writer:
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized), variant=variant, metadata=metadata) as writer:
         for name in sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key):
             for key, tensor in ({name: checkpoint.tensors[name]} if name in checkpoint.tensors else stored(name)).items():
                 progress(writer.add(key, tensor))

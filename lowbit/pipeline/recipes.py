@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import numerics
 from ..algorithms import ALGORITHMS, check_format, make_options
-from ..checkpoints import TARGETS, ct_layouts, target
+from ..checkpoints import TARGETS, holds, target
 from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
 from ..models.arch import ROUTERS
@@ -58,6 +58,7 @@ PRESETS: dict[str, tuple[str, str]] = {
 FORMAT_ALIASES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "fp8": "fp8_e4m3", "mxfp8": "mxfp8_e4m3", "mxfp6": "mxfp6_e2m3"}
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
 GPTAQ_ALPHA = 0.25
+NATURAL = ("compressed-tensors", "bitsandbytes", "hqq", "aqlm", "bitnet")  # where a result goes when no target is named, in this order
 GUIDED = ("gptq", "ldlq", "aqlm")
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
@@ -103,14 +104,18 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
         target(draft.recipe.target)
         return draft
     target(chosen)
-    if target_name is None and _only_dense(draft.recipe.scheme):
-        chosen = "safetensors"
+    if target_name is None:
+        chosen = _natural_target(draft.recipe)
     return replace(draft, recipe=replace(draft.recipe, target=chosen), target_given=True)
 
 
-def _only_dense(scheme: Scheme) -> bool:
-    """Whether no other target holds the scheme: its decoded values are written then."""
-    return scheme.format not in (*CASTS, *BLOCK_TYPES) and ct_layouts.layout_of(scheme) is None
+def _natural_target(recipe: Recipe) -> str:
+    """The first layout of the field that holds all schemes of a recipe, else lowbit's own."""
+    schemes = {recipe.scheme, *(rule.scheme for rule in recipe.rules if rule.scheme is not None)}
+    if any(scheme.format in BLOCK_TYPES for scheme in schemes):
+        return "gguf"
+    several = {"compressed-tensors", "hqq"} if len(schemes) > 1 else set(TARGETS)  # the other layouts have one scheme for all layers
+    return next((name for name in NATURAL if name in several and all(holds(name, scheme) for scheme in schemes)), "lowbit")
 
 
 def _short(text: str, *, name: str) -> Draft:
@@ -374,9 +379,8 @@ def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) 
         scheme = replace(scheme, block=block)
         why = "what Q4_0 stores" if recipe.target == "gguf" else f"the largest of {', '.join(map(str, AUTO_GROUPS))} that divides every layer"
         notes.append(f"Group size not given: {scheme.name} ({why})." if fitting else f"No group size divides every layer: {scheme.name}.")
-    if recipe.target == "safetensors" and _only_dense(scheme):
-        notes.append(f"No file format that lowbit writes holds {scheme.name} yet: the values are written as dense weights, in the model's own dtype.")
-    if (scheme.format == INT or (scheme.format in ("fp8_e4m3", "fp8_e5m2") and recipe.target == "compressed-tensors")) and not draft.scale_given:
+    stored_as_model = {"fp8_e4m3": "compressed-tensors", "fp8_e5m2": "compressed-tensors", "ternary": "bitnet"}  # formats whose scales a target casts to the model's dtype
+    if (scheme.format == INT or stored_as_model.get(scheme.format) == recipe.target) and not draft.scale_given:
         scheme = replace(scheme, scale_dtype=TARGETS[recipe.target].scale_dtype or model_dtype)
     given = draft.rule_groups_given or (True,) * len(recipe.rules)
     rules = tuple(_settle_rule(rule, scheme, own_group) for rule, own_group in zip(recipe.rules, given, strict=True))

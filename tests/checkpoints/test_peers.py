@@ -8,13 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lowbit import numerics
 from lowbit.checkpoints import TARGETS, open_checkpoint
 from lowbit.pipeline.streaming import Batch
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 IDS = torch.arange(16).unsqueeze(0) * 7 % 256
 # fixture, variant, greatest difference of logits
-FOLDERS = [("hqq_folder", "mixed", 1e-4), ("bitnet", "bitlinear", 1e-4), ("bitnet", "auto", 1e-4)]
+FOLDERS = [("hqq_folder", "mixed", 1e-4), ("bitnet", "bitlinear", 1e-4), ("bitnet", "auto", 1e-4), ("aqlm_folder", "2x8", 2e-3), ("torchao", "weights", 1e-4)]
 
 
 @pytest.fixture
@@ -50,12 +51,12 @@ def test_read_and_run(peer_folder, stream, name, variant, tolerance):
     assert decoded
     for key, value in decoded.items():
         weight = key if key.endswith(".weight") else f"{key}.weight"
-        torch.testing.assert_close(checkpoint.dense(weight).float(), value, rtol=1e-6, atol=1e-8)
-    found = stream(folder, [Batch(IDS)])[0].view_as(logits)
+        torch.testing.assert_close(numerics.dequantize(checkpoint.quantized[weight].load()), value, rtol=1e-6, atol=1e-8)
+    found = stream(folder, [Batch(IDS)])[0].view_as(logits)  # weights of float16 checkpoints are rounded to float16 here, and not there
     torch.testing.assert_close(found, logits, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("hqq_folder", "mixed"), ("bitnet", "auto")])
+@pytest.mark.parametrize(("name", "variant"), [("hqq_folder", "mixed"), ("bitnet", "auto"), ("aqlm_folder", "2x8")])
 def test_written_back_as_it_was(peer_folder, tmp_path, name, variant):
     """All tensors bit for bit, and the keys of quantization_config."""
     folder = peer_folder(name, variant)

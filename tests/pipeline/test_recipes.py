@@ -145,7 +145,7 @@ def test_a_recipe_object_is_taken_as_it_is():
 
 @pytest.mark.parametrize("target_name", ["onnx", "GGUF", ""])
 def test_unknown_target(target_name):
-    with pytest.raises(RecipeError, match=r"target '.*' is not known; expected one of compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes, safetensors"):
+    with pytest.raises(RecipeError, match=r"target '.*' is not known; expected one of compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes, hqq, aqlm, bitnet, torchao, lowbit, safetensors"):
         recipes.parse("int4-g32", target_name=target_name or "x")
 
 
@@ -324,3 +324,15 @@ def test_every_algorithm_is_a_word():
 
 def test_errors_are_lowbit_errors():
     assert issubclass(RecipeError, LowbitError)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [
+        ("int4-sym-g32-rtn", "compressed-tensors"), ("nf4-dq", "bitsandbytes"), ("llm-int8", "bitsandbytes"), ("hqq-int2", "hqq"), ("aqlm-2x8", "aqlm"), ("bitnet", "bitnet"), ("quip-2", "lowbit"),
+        ("mxfp6-rtn", "lowbit"), ("int4-sym-g32-out8-rtn", "lowbit"), ("q4_k", "gguf"), ("w8a8-smooth", "compressed-tensors"), ("ternary-rtn", "lowbit"),
+    ],
+)  # fmt: skip
+def test_natural_target(recipe, target):
+    """Without --to a result goes into the layout that the field has for it."""
+    assert recipes.parse(recipe).recipe.target == target
