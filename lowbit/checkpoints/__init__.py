@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, LowbitError, RecipeError, ShapeError
 from ..scheme import INT, Scheme
-from . import aqlm, bitnet, bitsandbytes, compressed_tensors, ct_layouts, gguf, gptq, hqq, own, safetensors, torchao
+from . import aqlm, bitnet, bitsandbytes, compressed_tensors, ct_layouts, fp8, gguf, gptq, hqq, mxfp4, own, safetensors, torchao
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 
 __all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "holds", "open_checkpoint", "target"]
@@ -64,6 +64,8 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "aqlm": aqlm.open_folder,
     "bitnet": bitnet.open_folder,
     "torchao": torchao.open_folder,
+    "fp8": fp8.open_folder,
+    "mxfp4": mxfp4.open_folder,
     "lowbit": own.open_folder,
 }
 

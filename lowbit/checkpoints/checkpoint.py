@@ -20,13 +20,14 @@ CHUNK_BYTES = 32 << 20  # of a matrix that is worked on some rows at a time
 class LazyTensor:
     """A dense tensor that is not loaded yet. read(start, stop) gives rows of its first axis (of a scalar: all of it), in memory of their own.
 
-    stored_bytes: what it takes in the file where that is not shape x dtype (a quantized type that is decoded when read).
+    stored_bytes: what it takes in the file where that is not shape x dtype (a quantized type that is decoded when read), and stored_format what that type is called.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
     stored_bytes: int | None = None
+    stored_format: str | None = None
 
     def load(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)

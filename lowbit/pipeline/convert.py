@@ -12,7 +12,7 @@ from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
 from ..checkpoints.gguf import supported, write_tokenizer
 from ..errors import FormatError, JobError, RecipeError
 from ..models import skeleton as sk
-from ..models.linears import find_linears, outside_matrices
+from ..models.linears import outside_matrices
 from ..progress import SILENT, Progress
 from ..scheme import INT
 from ..tensor import QuantizedTensor
@@ -34,6 +34,7 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
     kind = target(target_name)
     checkpoint = open_checkpoint(located)
     skeleton = sk.build(checkpoint)
+    checkpoint = skeleton.checkpoint
     if target_name == "gguf":
         supported(checkpoint.config)
     if outside is not None:
@@ -44,8 +45,8 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
         checkpoint = _with_scales(checkpoint, kind.scale_dtype)
     for name, entry in checkpoint.quantized.items():
         kind.check(entry.scheme, entry.shape, name.removesuffix(".weight"))
-    if target_name == "safetensors" and checkpoint.quantized:
-        checkpoint = as_stored_dense(checkpoint, [x for index in range(len(skeleton.blocks)) for x in find_linears(skeleton, index)])
+    if target_name == "safetensors" and (checkpoint.quantized or sk.stacks(skeleton)):
+        checkpoint = as_stored_dense(checkpoint, skeleton)
     if checkpoint.provenance:
         checkpoint = replace(checkpoint, provenance={**checkpoint.provenance, "converted_to": target_name})
     resources.require_disk(output.absolute().parent, checkpoint.tensor_bytes, purpose="This conversion")

@@ -152,7 +152,7 @@ def _rows(checkpoint: Checkpoint) -> Iterator[TensorRow]:
     true_types = _gguf_types(checkpoint) if checkpoint.kind == "gguf" else {}
     for name in sorted(checkpoint.shapes(), key=natural_key):
         entry = checkpoint.quantized.get(name) or checkpoint.tensors[name]
-        own = entry.scheme.name if isinstance(entry, LazyQuantized) else str(entry.dtype).removeprefix("torch.")
+        own = entry.scheme.name if isinstance(entry, LazyQuantized) else entry.stored_format or str(entry.dtype).removeprefix("torch.")
         kind, size = true_types.get(name, (own, entry.nbytes))
         shape = tuple(entry.shape)
         yield TensorRow(name, kind, shape, 8 * size / max(1, torch.Size(shape).numel()), size)

@@ -18,7 +18,9 @@ from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
 from ..checkpoints.checkpoint import CHUNK_BYTES
 from ..errors import JobError, ResourceError
-from ..models.linears import Linear
+from ..models import skeleton as sk
+from ..models.linears import find_linears
+from ..models.skeleton import Skeleton
 from ..progress import Progress
 from ..tensor import QuantizedTensor
 from .job import temporary, work_folder
@@ -69,12 +71,25 @@ def readable_errors(output: Path) -> Iterator[None]:
         raise JobError(f"The output cannot be written or the model cannot be read ({what}).{keep}") from error
 
 
-def as_stored_dense(checkpoint: Checkpoint, linears: list[Linear]) -> Checkpoint:
-    """The checkpoint with the quantized matrices of Conv1D layers as dense ones, turned to [in, out] as their models store them."""
-    names = [linear.name for linear in linears if linear.transposed and linear.name in checkpoint.quantized]
-    dense = {name: _turned(checkpoint, name) for name in names}
-    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in dense}
-    return replace(checkpoint, tensors={**checkpoint.tensors, **dense}, quantized=quantized)
+def as_stored_dense(checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+    """The checkpoint with dense tensors as its model stores them: the quantized matrices of Conv1D layers turned to [in, out], those of single experts in one tensor where the model has one."""
+    linears = [linear for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index)]
+    names = [linear.name for linear in linears if linear.transposed and linear.expert is None and linear.name in checkpoint.quantized]
+    made = {name: _turned(checkpoint, name) for name in names}
+    members = {name: parameter for parameter, names in sk.stacks(skeleton).items() for name in names}
+    for parameter, names in sk.stacks(skeleton).items():
+        made[parameter] = _stack(checkpoint, names, skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in members}
+    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in made and name not in members}
+    return replace(checkpoint, tensors={**tensors, **made}, quantized=quantized)
+
+
+def _stack(checkpoint: Checkpoint, names: list[str], transposed: bool) -> LazyTensor:
+    """The matrices of all experts as one tensor, an expert at a time."""
+    first = checkpoint.lazy(names[0])
+    one = lambda name: checkpoint.dense(name).T if transposed else checkpoint.dense(name)
+    shape = first.shape[::-1] if transposed else first.shape
+    return LazyTensor((len(names), *shape), first.dtype, lambda start, stop: torch.stack([one(name) for name in names[start:stop]]))
 
 
 def _turned(checkpoint: Checkpoint, name: str) -> LazyTensor:

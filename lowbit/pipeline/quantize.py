@@ -186,7 +186,7 @@ def _assemble(setup: Setup, windows: Windows | None, job: Job, tokenizer) -> Che
     provenance = _provenance(setup, windows, records)
     activations = {name: Rounding.from_dict(record["activation"]) for name, record in records.items() if "activation" in record}
     made = replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance, activations=activations)
-    return made if setup.recipe.target != "safetensors" else as_stored_dense(made, [x for block in setup.linears for x in block])
+    return made if setup.recipe.target != "safetensors" else as_stored_dense(made, setup.skeleton)
 
 
 def _held(value: torch.Tensor) -> LazyTensor:
