@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)  # tensors are tiny here, and OpenMP threads that wait for each other on a busy machine take hundreds of times longer
 
@@ -151,6 +153,30 @@ def stream():
         return [streamer.logits(batch.ids, states[0].read(number, torch.device("cpu"))) for number, batch in enumerate(batches)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def peer_folder(tmp_path_factory):
+    """peer_folder(name, variant): a folder as another package wrote it, the float32 weights that the package decodes, and its logits of peer_ids (oracles/tiny.py says how they are kept)."""
+
+    def make(name: str, variant: str) -> tuple[Path, dict[str, torch.Tensor], torch.Tensor]:
+        stored = Path(__file__).with_name("oracles") / f"{name}.safetensors"
+        tensors = load_file(stored)
+        with safe_open(stored, "pt") as file:
+            texts = json.loads(file.metadata()["texts"])[variant]
+        under = lambda prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps(texts["config"]))
+        save_file(under("shared.") | under(f"{variant}.file."), folder / "model.safetensors", metadata=texts["metadata"])
+        return folder, under(f"{variant}.decoded."), tensors[f"{variant}.logits"]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def peer_ids() -> torch.Tensor:
+    """The input of the logits that peer_folder gives."""
+    return torch.arange(16).unsqueeze(0) * 7 % 256
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,11 @@ class QuantLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, qt: QuantizedTensor, bias: Tensor | None = None, rounding: Rounding | None = None) -> None:
+    def __init__(self, qt: QuantizedTensor, bias: Tensor | None = None, rounding: Rounding | None = None, decode_to: torch.dtype | None = None) -> None:
+        """decode_to: what decoded weights are rounded to; None: the dtype that they stand for (as Checkpoint.dense does: what is measured is what runs)."""
         super().__init__()
         self.scheme, self.dtype_name, self.rounding = qt.scheme, qt.dtype, rounding
+        self.decode_to: torch.dtype = decode_to or getattr(torch, qt.dtype)
         self.out_features, self.in_features = qt.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         stored = parts.store(qt)
@@ -41,8 +43,8 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded matrix, in the dtype that it stands for (as Checkpoint.dense gives it: what is measured is what runs)."""
-        return numerics.dequantize(self.quantized()).to(getattr(torch, self.dtype_name))
+        """The decoded matrix."""
+        return numerics.dequantize(self.quantized()).to(self.decode_to)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] in any floating dtype, which the result has, too."""
@@ -64,11 +66,11 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}, bias={self.bias is not None}"
 
 
-def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> nn.Module:
-    """Fill the skeleton's model: quantized matrices of linear layers stay packed, everything else is decoded to dtype."""
+def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.device("cpu"), *, decode_to: torch.dtype | None = None) -> nn.Module:
+    """Fill the skeleton's model: quantized matrices of linear layers stay packed (decode_to: see QuantLinear), everything else is decoded to dtype."""
     model = built.model
     skeleton.fill_buffers(model, model, device)
-    install(built, model, dtype, device)
+    install(built, model, dtype, device, decode_to)
     tied = model.all_tied_weights_keys
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and not (name in tied and name not in built.sources):
@@ -80,14 +82,14 @@ def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.devic
     return model.eval()
 
 
-def install(built: Skeleton, model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
+def install(built: Skeleton, model: nn.Module, dtype: torch.dtype, device: torch.device, decode_to: torch.dtype | None = None) -> list[str]:
     """Put a QuantLinear where the checkpoint has a quantized matrix for a linear layer of model; returns the parameters that it replaced."""
     replaced = []
     for parameter, name in matrices(built).items():
         module = parameter.removesuffix(".weight")
         old = model.get_submodule(module)
         bias = skeleton.load_parameter(built, f"{module}.bias", dtype).to(device) if getattr(old, "bias", None) is not None else None
-        made = QuantLinear(built.checkpoint.quantized[name].load(), bias, built.checkpoint.activations.get(name)).to(device)
+        made = QuantLinear(built.checkpoint.quantized[name].load(), bias, built.checkpoint.activations.get(name), decode_to).to(device)
         model.set_submodule(module, made.eval())
         replaced.append(parameter)
     return replaced

@@ -1,6 +1,6 @@
 """Runs in a process of its own, with whatever Python has the consumer's packages: loads a checkpoint by the lines it is given and answers with the weights and logits that it computes.
 
-Needs nothing of lowbit. Reads one JSON line {"code", "packages", "weights": names of modules, "ids", "columns"}; answers on stdout with JSON lines, each followed by the bytes of a float32
+Needs nothing of lowbit. Reads one JSON line {"code", "packages", "weights": in_features by name of module, "ids", "columns"}; answers on stdout with JSON lines, each followed by the bytes of a float32
 array where it says a shape. What libraries print goes to stderr.
 """
 
@@ -37,15 +37,20 @@ def main() -> None:
         modules = dict(model.named_modules())
         say({"dtype": str(model.dtype).removeprefix("torch.")})
         with torch.no_grad():
-            for name in request["weights"]:
-                if name not in modules:
-                    say({"weight": name, "absent": True})
-                    continue
-                value, how = weight_of(modules[name], request["columns"])
-                say({"weight": name, "how": how, "dtype": str(value.dtype).removeprefix("torch.")}, value)
-            say({"logits": True}, model(torch.tensor(request["ids"])).logits)
+            steps = [lambda: tell_weights(modules, request, say), lambda: say({"logits": True}, model(torch.tensor(request["ids"])).logits)]
+            for step in steps[::-1] if "compressed_tensors" in request["packages"] else steps:  # it unpacks in the first forward; others (aqlm, bitsandbytes) rearrange their codes there
+                step()
     except BaseException as error:  # whatever happens is the answer
         say({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"})
+
+
+def tell_weights(modules, request, say):
+    for name, columns in request["weights"].items():
+        if name not in modules:
+            say({"weight": name, "absent": True})
+            continue
+        value, how = weight_of(modules[name], columns, request["columns"])
+        say({"weight": name, "how": how, "dtype": str(value.dtype).removeprefix("torch.")}, value)
 
 
 def version(name):
@@ -56,7 +61,7 @@ def version(name):
         return metadata.version(found[0]) if found else "?"
 
 
-def weight_of(module, columns):
+def weight_of(module, in_features, columns):
     """The weight [out, in] that the module multiplies with, by the consumer's own decoding; else what it makes of unit vectors (the first columns)."""
     import torch
 
@@ -81,22 +86,19 @@ def weight_of(module, columns):
         return module.weight * module.weight_scale, "bitnet"
     if type(module).__name__ == "QuantLinear" and hasattr(module, "quantized"):
         return weight, "lowbit"
-    if isinstance(module, torch.nn.Linear) and isinstance(weight, torch.Tensor) and weight.is_floating_point() and not hasattr(module, "weight_scale"):
+    if isinstance(module, torch.nn.Linear) and isinstance(weight, torch.Tensor) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return weight, "dense"
     if hasattr(module, "nf") and isinstance(weight, torch.Tensor):  # Conv1D
         return weight.T, "dense"
-    return by_unit_vectors(module, columns), "unit vectors"
+    return by_unit_vectors(module, in_features, columns), "unit vectors"
 
 
-def by_unit_vectors(module, columns):
+def by_unit_vectors(module, in_features, columns):
     import torch
 
     dtype = next((tensor.dtype for tensor in [*module.parameters(), *module.buffers()] if tensor.is_floating_point()), torch.float32)
-    bias, module.bias = getattr(module, "bias", None), None
-    try:
-        return module(torch.eye(module.in_features, dtype=dtype)[:columns]).T
-    finally:
-        module.bias = bias
+    vectors = torch.eye(in_features, dtype=dtype)[:columns]
+    return (module(vectors) - module(torch.zeros_like(vectors[:1]))).T
 
 
 if __name__ == "__main__":

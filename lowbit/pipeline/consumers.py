@@ -19,7 +19,8 @@ class Consumer:
     """How one program loads a checkpoint.
 
     code: Python that leaves the model in the name model, with $path and $dtype to be filled in; for a GGUF file a command. packages: what pip installs beside torch and transformers,
-    by the names that are imported. only_own_dtype: loads only in the dtype that config.json names. environment: variables to set before.
+    by the names that are imported. only_own_dtype: loads only in the dtype that config.json names. environment: variables to set before. decodes_to: the dtype that weights are rounded to
+    whatever dtype is asked for. rounds: computes on inputs that it rounds itself, so that logits are compared as distributions.
     """
 
     name: str
@@ -27,6 +28,8 @@ class Consumer:
     packages: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     only_own_dtype: bool = False
+    decodes_to: str | None = None
+    rounds: bool = False
     note: str = ""
 
     def lines(self, path: str, dtype: str = AUTO) -> str:
@@ -56,7 +59,7 @@ class FromSafetensors(AutoHQQHFModel):  # hqq itself reads only its pickles
     @classmethod
     def load_weights(cls, folder, map_location=None):
         modules = {}
-        for file in glob.glob(folder.rpartition("/")[0] + "/*.safetensors"):
+        for file in glob.glob(folder + "/*.safetensors"):
             for name, value in load_file(file).items():
                 module, _, part = name.rpartition(".")
                 modules.setdefault(module, {})[part] = value
@@ -79,7 +82,9 @@ def consumer_of(checkpoint: Checkpoint) -> Consumer:
         "gptq": Consumer("transformers with gptqmodel", on_cpu, {"gptqmodel": "gptqmodel", "optimum": "optimum"}),
         "awq": Consumer("transformers with gptqmodel", on_cpu, {"gptqmodel": "gptqmodel", "optimum": "optimum"}),
         "auto-round": Consumer("transformers with auto-round", on_cpu, {"auto_round": "auto-round", "auto_round_kernel": "auto-round-lib"}),
-        "bitsandbytes": Consumer("transformers with bitsandbytes", on_cpu, {"bitsandbytes": "bitsandbytes"}),
+        "bitsandbytes": Consumer(
+            "transformers with bitsandbytes", on_cpu, {"bitsandbytes": "bitsandbytes"}, rounds=True, note="bitsandbytes computes in bfloat16 on processors that multiply it, whatever the dtype."
+        ),
         "hqq": Consumer("hqq", HQQ, {"hqq": "hqq"}, note="transformers 5.23 does not read HQQ: from_pretrained gives random weights without an error. transformers 4 with hqq does, on a GPU."),
         "aqlm": Consumer(
             "transformers with aqlm", plain, {"aqlm": "aqlm[cpu]"}, {"NUMBA_NUM_THREADS": "1"}, note="On the CPU set NUMBA_NUM_THREADS=1: with more threads the package's kernel adds up wrong sums."
@@ -109,6 +114,6 @@ def _compressed_tensors(checkpoint: Checkpoint, auto: str) -> Consumer:
     asymmetric = any(scheme.format == INT and not scheme.symmetric and scheme.act is None for scheme in schemes)
     whole, packages = "transformers with compressed-tensors", {"compressed_tensors": "compressed-tensors"}
     if len(schemes) == 1 and (asymmetric or floats) and not any(scheme.act for scheme in schemes):
-        return Consumer(whole, DEQUANTIZED.format(auto=auto), packages)
+        return Consumer(whole, DEQUANTIZED.format(auto=auto), packages, decodes_to="bfloat16" if any(scheme.format == "nvfp4" for scheme in schemes) else None)
     note = "transformers 5.23 does not read asymmetric layers among several schemes; vLLM does." if len(schemes) > 1 and asymmetric else ""
     return Consumer(whole, PLAIN.format(auto=auto), packages, note=note)

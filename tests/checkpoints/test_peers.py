@@ -1,7 +1,6 @@
 """Whole folders that other programs wrote with their own writers (tests/oracles): read to the weights that they decode, run to the logits that they compute, written back as they were."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,42 +16,14 @@ from lowbit.errors import CheckpointError
 from lowbit.pipeline.convert import convert
 from lowbit.pipeline.streaming import Batch
 
-ORACLES = Path(__file__).parents[1] / "oracles"
-IDS = torch.arange(16).unsqueeze(0) * 7 % 256
 # fixture, variant, greatest difference of logits
 FOLDERS = [("hqq_folder", "mixed", 1e-4), ("bitnet", "bitlinear", 1e-4), ("bitnet", "auto", 1e-4), ("aqlm_folder", "2x8", 2e-3), ("torchao", "weights", 1e-4), ("fp8", "blocks", 1e-4), ("fp8", "tensor", 1e-4), ("mxfp4", "gpt-oss", 2e-3)]
 
 
-@pytest.fixture
-def peer_folder(tmp_path):
-    """folder(name, variant): a checkpoint as another program wrote it, made again from its fixture."""
-
-    def make(name: str, variant: str) -> Path:
-        folder = tmp_path / f"{name}-{variant}"
-        folder.mkdir()
-        with safe_open(ORACLES / f"{name}.safetensors", "pt") as file:
-            texts = json.loads(file.metadata()[variant])
-            own = {key.removeprefix(prefix): file.get_tensor(key) for prefix in ("shared.", f"{variant}.file.") for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
-        save_file(own, folder / "model.safetensors", metadata=texts["metadata"])
-        (folder / "config.json").write_text(json.dumps(texts["config"]))
-        return folder
-
-    return make
-
-
-def oracle(name, variant):
-    """decoded weights by name, and logits."""
-    with safe_open(ORACLES / f"{name}.safetensors", "pt") as file:
-        prefix = f"{variant}.decoded."
-        decoded = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
-        return decoded, file.get_tensor(f"{variant}.logits")
-
-
 @pytest.mark.parametrize(("name", "variant", "tolerance"), FOLDERS)
-def test_read_and_run(peer_folder, stream, name, variant, tolerance):
-    folder = peer_folder(name, variant)
+def test_read_and_run(peer_folder, peer_ids, stream, name, variant, tolerance):
+    folder, decoded, logits = peer_folder(name, variant)
     checkpoint = open_checkpoint(folder)
-    decoded, logits = oracle(name, variant)
     assert decoded
     for key, value in decoded.items():
         weight = key if key.endswith(".weight") else f"{key}.weight"
@@ -64,14 +35,14 @@ def test_read_and_run(peer_folder, stream, name, variant, tolerance):
             torch.testing.assert_close(checkpoint.dense(weight).float(), value, rtol=1e-6, atol=1e-8)
             continue
         torch.testing.assert_close(numerics.dequantize(checkpoint.quantized[weight].load()), value, rtol=1e-6, atol=1e-8)
-    found = stream(folder, [Batch(IDS)])[0].view_as(logits)  # weights of float16 checkpoints are rounded to float16 here, and not there
+    found = stream(folder, [Batch(peer_ids)])[0].view_as(logits)  # weights of float16 checkpoints are rounded to float16 here, and not there
     torch.testing.assert_close(found, logits, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("name", "variant"), [("hqq_folder", "mixed"), ("bitnet", "auto"), ("aqlm_folder", "2x8")])
 def test_written_back_as_it_was(peer_folder, tmp_path, name, variant):
     """All tensors bit for bit, and the keys of quantization_config."""
-    folder = peer_folder(name, variant)
+    folder, _, _ = peer_folder(name, variant)
     checkpoint = open_checkpoint(folder)
     TARGETS[checkpoint.kind].write(checkpoint, tmp_path)
     theirs, ours = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -83,9 +54,9 @@ def test_written_back_as_it_was(peer_folder, tmp_path, name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant", "recipe"), [("fp8", "blocks", "int4-sym-g32-gptq"), ("fp8", "tensor", "q4_0-rtn"), ("mxfp4", "gpt-oss", "int4-sym-g32-gptq"), ("mxfp4", "gpt-oss", "nvfp4-rtn")])
-def test_published_models_are_quantized(peer_folder, tmp_path, stream, text_file, name, variant, recipe):
+def test_published_models_are_quantized(peer_folder, peer_ids, tmp_path, stream, text_file, name, variant, recipe):
     """To lowbit's own layout, which is read and run, and to dense weights, which transformers loads and computes the same with."""
-    source = peer_folder(name, variant)
+    source, _, _ = peer_folder(name, variant)
     alphabet = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))  # a token for each byte: these models know 256
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,18 +65,18 @@ def test_published_models_are_quantized(peer_folder, tmp_path, stream, text_file
     layers = run("lowbit").layers
     run("safetensors")
     assert any("experts" in layer for layer in layers) == (name == "mxfp4")
-    logits = stream(tmp_path / "lowbit", [Batch(IDS)])[0].view(1, IDS.numel(), -1)
+    logits = stream(tmp_path / "lowbit", [Batch(peer_ids)])[0].view(1, peer_ids.numel(), -1)
     with torch.no_grad():
-        torch.testing.assert_close(lowbit.load(tmp_path / "lowbit", dtype="float32")(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(lowbit.load(tmp_path / "lowbit", dtype="float32")(peer_ids).logits, logits, rtol=1e-4, atol=1e-4)
         dense, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "safetensors", dtype=torch.float32, output_loading_info=True)
         assert not any(info.values()), info
-        torch.testing.assert_close(dense(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dense(peer_ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_stacked_experts_come_back_as_they_were(peer_folder, tmp_path):
     """A dense gpt-oss has all experts in one tensor; what lowbit writes dense has them so, too."""
-    decoded, _ = oracle("mxfp4", "gpt-oss")
-    first = convert(peer_folder("mxfp4", "gpt-oss"), "safetensors", tmp_path / "first")
+    folder, decoded, _ = peer_folder("mxfp4", "gpt-oss")
+    first = convert(folder, "safetensors", tmp_path / "first")
     again = convert(first, "safetensors", tmp_path / "again")
     tensors = load_file(again / "model.safetensors")
     for key, value in decoded.items():
@@ -131,7 +102,7 @@ def test_stacked_experts_come_back_as_they_were(peer_folder, tmp_path):
     ],
 )  # fmt: skip
 def test_damaged(peer_folder, name, variant, change, message):
-    folder = peer_folder(name, variant)
+    folder, _, _ = peer_folder(name, variant)
     with safe_open(folder / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())

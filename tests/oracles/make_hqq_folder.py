@@ -57,7 +57,8 @@ def main() -> None:
     variants = {"mixed": made(configs, torch.float32)}
     half = made(BaseQuantizeConfig(nbits=4, group_size=64, axis=1), torch.float16)
     W = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
-    extra = {f"half.{name}": value for name, value in half["file"].items() if ".0.self_attn.k_proj." in name and name.endswith(PARTS)} | {"half.weight": half["decoded"]["model.layers.0.self_attn.k_proj.weight"]}
+    extra = {f"half.{name}": value for name, value in half["file"].items() if ".0.self_attn.k_proj." in name and name.endswith(PARTS)}
+    extra["half.weight"] = half["decoded"]["model.layers.0.self_attn.k_proj.weight"]
     for bits in (8, 5, 4, 3, 2, 1.58, 1):
         for axis in (0, 1):
             layer = HQQLinear.from_weights(W.clone(), None, BaseQuantizeConfig(nbits=bits, group_size=24 if axis else 16, axis=axis), compute_dtype=torch.float32, device="cpu")

@@ -16,14 +16,17 @@ from tiny import SIZES, logits, save, shaken, variant
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2, "intermediate_size": 96, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+SHAPE = {
+    **SIZES, "num_local_experts": 2, "num_experts_per_tok": 2, "intermediate_size": 96, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "initializer_range": 0.1, "tie_word_embeddings": False, "architectures": ["GptOssForCausalLM"],
+}  # fmt: skip
 QUANTIZATION = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}
 DECODED = ["model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"]
 
 
 def made() -> dict:
     torch.manual_seed(0)
-    config = GptOssConfig(**{**SIZES, **EXPERTS, "initializer_range": 0.1, "tie_word_embeddings": False, "architectures": ["GptOssForCausalLM"]})
+    config = GptOssConfig(**SHAPE)
     model = shaken(GptOssForCausalLM(config)).bfloat16()
     state = model.state_dict()
     for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:

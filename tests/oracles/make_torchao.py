@@ -3,7 +3,7 @@
     pip install torch==2.13.0 transformers==5.23.0 accelerate torchao==0.18.0 && python tests/oracles/make_torchao.py
 
 Variants: weights (WEIGHTS), activations (ACTIVATIONS: the same kinds with 8-bit activations, whose rounding is in the logits). nvfp4.*: one [32, 64] weight as NVFP4Tensor. The metadata
-of the file, which is needed to read it, is metadata["metadata"] of a variant; that of nvfp4 is metadata["nvfp4"].
+of the file, which is needed to read it, is "metadata" of a variant's texts; that of nvfp4 is the text "nvfp4".
 """
 
 import json
@@ -11,31 +11,28 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torchao.quantization as ao
 from tiny import llama, logits, save, variant
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-from torchao.quantization import (
-    Float8WeightOnlyConfig, FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, PerAxis,
-    PerGroup, PerTensor,
-)  # fmt: skip
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-ASYMMETRIC = MappingType.ASYMMETRIC
+ASYMMETRIC = ao.MappingType.ASYMMETRIC
 WEIGHTS = {
-    "q_proj": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
-    "k_proj": IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=PerGroup(16), mapping_type=ASYMMETRIC),
-    "v_proj": Int8WeightOnlyConfig(),
-    "o_proj": Float8WeightOnlyConfig(),
-    "gate_proj": IntxWeightOnlyConfig(weight_dtype=torch.int2, granularity=PerAxis(0)),
-    "up_proj": Int8WeightOnlyConfig(granularity=PerGroup(32)),
-    "down_proj": Float8WeightOnlyConfig(granularity=PerTensor()),
+    "q_proj": ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32)),
+    "k_proj": ao.IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=ao.PerGroup(16), mapping_type=ASYMMETRIC),
+    "v_proj": ao.Int8WeightOnlyConfig(),
+    "o_proj": ao.Float8WeightOnlyConfig(),
+    "gate_proj": ao.IntxWeightOnlyConfig(weight_dtype=torch.int2, granularity=ao.PerAxis(0)),
+    "up_proj": ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(32)),
+    "down_proj": ao.Float8WeightOnlyConfig(granularity=ao.PerTensor()),
 }
 ACTIVATIONS = {
-    "q_proj": Int8DynamicActivationInt8WeightConfig(),
-    "k_proj": Int8DynamicActivationInt8WeightConfig(act_mapping_type=ASYMMETRIC),
-    "v_proj": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0)),
-    "o_proj": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),
-    "(gate|up|down)_proj": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerAxis(0), weight_mapping_type=ASYMMETRIC),
+    "q_proj": ao.Int8DynamicActivationInt8WeightConfig(),
+    "k_proj": ao.Int8DynamicActivationInt8WeightConfig(act_mapping_type=ASYMMETRIC),
+    "v_proj": ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=ao.PerAxis(0)),
+    "o_proj": ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=ao.PerGroup(32)),
+    "(gate|up|down)_proj": ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=ao.PerAxis(0), weight_mapping_type=ASYMMETRIC),
 }
 DECODED = {"weights": ("q_proj", "k_proj", "v_proj", "o_proj"), "activations": ("k_proj", "v_proj")}
 
@@ -44,7 +41,7 @@ def made(label: str, configs: dict) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         source, folder = Path(temporary) / "source", Path(temporary) / "quantized"
         llama().save_pretrained(source)
-        config = FqnToConfig({rf"re:model\.layers\..*\.{name}": value for name, value in configs.items()})
+        config = ao.FqnToConfig({rf"re:model\.layers\..*\.{name}": value for name, value in configs.items()})
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=TorchAoConfig(config), device_map="cpu")
         model.save_pretrained(folder)
         again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()

@@ -1,8 +1,8 @@
 """What the scripts beside it share that make whole checkpoints with another package's own writer: a tiny model, one input, and a file that holds several variants of a folder.
 
 In a fixture, VARIANT.file.NAME is a tensor as it stood in the package's model.safetensors, and shared.NAME one that is the same in every variant; decoded.NAME is a float32
-weight that the package itself decodes, and logits [1, 16, vocabulary] what its forward pass gives for IDS. metadata[VARIANT] is JSON: config (config.json), metadata (of
-model.safetensors). tests/conftest.py makes the folder from it again.
+weight that the package itself decodes, and logits [1, 16, vocabulary] what its forward pass gives for IDS. metadata["texts"] is JSON: of each variant
+its config (config.json) and metadata (of model.safetensors). tests/conftest.py makes the folder from it again.
 """
 
 import json
@@ -45,15 +45,14 @@ def variant(folder: Path, decoded: dict[str, torch.Tensor], values: torch.Tensor
 
 
 def save(name: str, variants: dict[str, dict], extra: dict[str, torch.Tensor] | None = None, texts: dict | None = None) -> None:
-    """Write name.safetensors beside this file: the variants, and whatever else is to be kept; texts become JSON in its metadata."""
+    """Write name.safetensors beside this file: the variants, and whatever else is to be kept; texts go into the JSON of its metadata beside the variants'."""
     first, *others = [kept["file"] for kept in variants.values()]
     shared = {key for key in first if others and all(key in other and other[key].dtype == first[key].dtype and torch.equal(other[key], first[key]) for other in others)}
-    texts = {label: json.dumps(text) for label, text in (texts or {}).items()}
-    tensors = {f"shared.{key}": first[key] for key in shared} | (extra or {})
+    tensors = {f"shared.{key}": value for key, value in first.items() if key in shared} | (extra or {})
     for label, kept in variants.items():
         tensors |= {f"{label}.file.{key}": value for key, value in kept["file"].items() if key not in shared}
         tensors |= {f"{label}.decoded.{key}": value.float() for key, value in kept["decoded"].items()} | {f"{label}.logits": kept["logits"]}
-        texts[label] = json.dumps({"config": kept["config"], "metadata": kept["metadata"]})
+    texts = (texts or {}) | {label: {"config": kept["config"], "metadata": kept["metadata"]} for label, kept in variants.items()}
     file = Path(__file__).with_name(f"{name}.safetensors")
-    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, file, metadata=texts)
+    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, file, metadata={"texts": json.dumps(texts, sort_keys=True)})
     print(file.name, file.stat().st_size, "bytes;", *(f"{label}: {len(kept['file'])} tensors" for label, kept in variants.items()))
