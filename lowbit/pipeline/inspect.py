@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, LazyQuantized, gguf, gguf_arch, open_checkpoint
+from ..checkpoints.gguf_container import STORED_TYPES
 from ..checkpoints.safetensors import natural_key
 from ..errors import CheckpointError, RecipeError
+from ..numerics.ggml import BLOCK_TYPES
 
 CHUNK = 1 << 22  # values that are looked at together
 
@@ -159,7 +160,7 @@ def _rows(checkpoint: Checkpoint) -> Iterator[TensorRow]:
 
 
 def _gguf_types(checkpoint: Checkpoint) -> dict[str, tuple[str, int]]:
-    """Type and bytes of the tensors that the checkpoint shows as decoded to float16: types without blocks of ours, and transposed matrices."""
+    """Type and bytes of the tensors that the checkpoint shows as decoded values though the file holds blocks."""
     arch, found = gguf_arch.find(checkpoint.config), {}
     for info in gguf.read_header(checkpoint.path).tensors.values():
         if info.name in gguf_arch.ROPE_TENSORS:
@@ -168,8 +169,8 @@ def _gguf_types(checkpoint: Checkpoint) -> dict[str, tuple[str, int]]:
         count = info.shape[0] if "{e}" in pattern else 1
         for expert in range(count):
             name = pattern.replace("{e}", str(expert))
-            kind = GGMLQuantizationType(info.type_id).name.lower()
-            if name in checkpoint.tensors and kind not in ("f32", "f16", "bf16", "f64"):
+            kind = STORED_TYPES[info.type_id].name
+            if name in checkpoint.tensors and kind in BLOCK_TYPES:
                 found[name] = (kind, info.nbytes // count)
     return found
 

@@ -16,7 +16,7 @@ from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
 from ..models.arch import ROUTERS
 from ..numerics import additive, codebook, floating, lattice, ternary
-from ..numerics.ggml import BLOCK_TYPES
+from ..numerics.ggml import BLOCK_TYPES, WRITTEN
 from ..recipe import Calibration, Recipe, Rule, from_dict
 from ..scheme import CASTS, INT, OBSERVERS, Activation, Scheme
 from ..transforms import TRANSFORMS, of_blocks
@@ -201,7 +201,7 @@ def _word(word: str, text: str, put) -> None:
         if match[1]:
             put("guide_groups", int(match[1]), word)
     else:
-        formats = (*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *(name.removeprefix("aqlm_") for name in additive.KINDS), *CASTS)
+        formats = (*WRITTEN, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *(name.removeprefix("aqlm_") for name in additive.KINDS), *CASTS)
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
             f"int2..int8 or {', '.join(formats)}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; {', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; "

@@ -106,6 +106,16 @@ def test_refused_words(text, words):
     assert repr(text) in str(caught.value) or " makes " in str(caught.value)
 
 
+@pytest.mark.parametrize(("text", "instead"), [("iq2_xxs", "q2_k"), ("iq3_s-gptq", "q3_k"), ("ggml_nvfp4", "ggml_mxfp4")])
+def test_types_that_are_only_read_are_refused_with_what_fits(tmp_path, text, instead):
+    message = rf"^{text.partition('-')[0]} is read from GGUF files and not made: .* Use {instead}, the nearest type that it makes\.$"
+    with pytest.raises(RecipeError, match=message):
+        recipes.parse(text, target_name="gguf")
+    rule = toml(tmp_path, f'scheme = "q4_k"\n[[rules]]\nmatch = "*"\nscheme = "{text}"\n')
+    with pytest.raises(RecipeError, match=message):
+        recipes.parse(rule, target_name="gguf")
+
+
 def test_a_preset_in_a_longer_form_is_explained():
     with pytest.raises(RecipeError, match="'w4a16' is not known"):
         recipes.parse("w4a16-asym")
@@ -167,6 +177,12 @@ def test_k_quants_fall_back_as_llama_quantize_does():
     assert plans["a.weight"].scheme.format == "q5_0"
     assert plans["a.weight"].notes == ("q4_k cannot hold rows of 576: q5_0 was used, as llama-quantize does",)
     assert plans["b.weight"].scheme.format == "q4_k" and not plans["b.weight"].notes
+
+
+@pytest.mark.parametrize(("text", "other"), [("iq4_xs", "iq4_nl"), ("tq2_0", "q4_0"), ("tq1_0", "q4_0")])
+def test_types_of_256_fall_back_as_llama_quantize_does(text, other):
+    plans = resolved(text, target_name="gguf", linears={"a.weight": (64, 576), "b.weight": (64, 512), "c.weight": (64, 545)})
+    assert [plan.scheme.format for plan in plans.values()][:3] == [other, text, "float16"]
 
 
 def test_ggml_types_belong_into_gguf():
