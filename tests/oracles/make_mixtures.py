@@ -47,6 +47,8 @@ MODELS = {
     "Phi-3 mini": {**LLAMA, "model_type": "phi3", "num_hidden_layers": 32, "num_key_value_heads": 8, "original_max_position_embeddings": 64, "pad_token_id": 0},
     "GPT-2": {"model_type": "gpt2", "vocab_size": 64, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 64},
     "StarCoder2 3B": {**LLAMA, "model_type": "starcoder2", "num_hidden_layers": 30, "num_attention_heads": 24, "hidden_size": 768, "num_key_value_heads": 2},
+    "OLMo 2 7B": {**LLAMA, "model_type": "olmo2", "num_hidden_layers": 32, "num_key_value_heads": 8},
+    "SmolLM3 3B": {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 36, "num_key_value_heads": 2, "tie_word_embeddings": True, "pad_token_id": 0},
 }  # fmt: skip
 MIXTURES = (
     "q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
