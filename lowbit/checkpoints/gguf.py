@@ -22,7 +22,7 @@ from ..errors import CheckpointError, RecipeError, ShapeError
 from ..numerics import ggml, ggml_tables, integer
 from ..scheme import CASTS, INT, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import gguf_arch, gguf_other, gguf_tokenizer
+from . import gguf_arch, gguf_mixtures, gguf_other, gguf_tokenizer
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .gguf_arch import ROPE_TENSORS, Arch, Place
 from .gguf_container import STORED_TYPES, Header, Metadata, TensorInfo, decode_value, header_bytes, pack_value, read_header
@@ -257,7 +257,7 @@ def write(checkpoint: Checkpoint, path: Path, *, progress: Callable[[int], None]
     source = read_header(checkpoint.path) if checkpoint.kind == "gguf" else None
     config = checkpoint.config if source else gguf_arch.full_config(checkpoint.config)
     planned = _plan(checkpoint, arch, config, source)
-    raw = _copied_metadata(source, planned) if source else _made_metadata(checkpoint, arch, config, planned)
+    raw = _copied_metadata(source, planned, checkpoint.provenance) if source else _made_metadata(checkpoint, arch, config, planned)
     if checkpoint.provenance:
         raw[PROVENANCE] = pack_value("string", json.dumps(checkpoint.provenance, sort_keys=True, ensure_ascii=False))
     alignment = decode_value(raw["general.alignment"]) if "general.alignment" in raw else 32
@@ -451,24 +451,28 @@ def _made_metadata(checkpoint: Checkpoint, arch: Arch, config: dict, planned: li
         "general.type": ("string", "model"),
         "general.name": ("string", checkpoint.path.name),
         **gguf_arch.metadata(arch, {**config, "vocab_size": rows}),
-        "general.file_type": ("u32", _file_type(planned)),
+        "general.file_type": ("u32", _file_type(planned, checkpoint.provenance)),
         "general.quantization_version": ("u32", 2),
         **gguf_tokenizer.metadata(checkpoint.files, config, rows, where=checkpoint.path),
     }
     return {key: pack_value(kind, value) for key, (kind, value) in values.items()}
 
 
-def _copied_metadata(source: Header, planned: list[_Planned]) -> dict[str, bytes]:
+def _copied_metadata(source: Header, planned: list[_Planned], provenance: Mapping) -> dict[str, bytes]:
     """The metadata of another GGUF, unchanged but for what describes the weights' types and the splitting of the file."""
     raw = {key: value for key, value in source.raw.items() if not key.startswith("split.") and key != PROVENANCE}
     if any(tensor.name not in source.tensors or source.tensors[tensor.name].type_id != tensor.type_id for tensor in planned):
-        raw["general.file_type"] = pack_value("u32", _file_type(planned))
+        raw["general.file_type"] = pack_value("u32", _file_type(planned, provenance))
     raw["general.quantization_version"] = pack_value("u32", 2)
     return raw
 
 
-def _file_type(planned: list[_Planned]) -> int:
-    """general.file_type of the type that most bytes of the layers' matrices have."""
+def _file_type(planned: list[_Planned], provenance: Mapping) -> int:
+    """general.file_type of the mixture that was asked for, else of the type that most bytes of the layers' matrices have."""
+    recipe = provenance.get("recipe")
+    mixture = gguf_mixtures.MIXTURES.get(str(recipe.get("mixture"))) if isinstance(recipe, Mapping) else None
+    if mixture is not None:
+        return mixture.file_type
     names = {**_BLOCK_NAMES, **{i: str(dtype).removeprefix("torch.") for dtype, i in _DENSE_IDS.items()}}
     sizes: Counter[str] = Counter()
     for tensor in planned:

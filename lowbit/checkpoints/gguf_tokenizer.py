@@ -154,13 +154,18 @@ def _sentence_piece(data: dict, tokens: list[str], types: list[int], where: Path
 
 
 def _scores(data: dict, tokens: list[str], types: list[int]) -> list[float]:
-    """A score for each token such that joining the best first is joining in the order of tokenizer.json's merges."""
+    """A score for each token such that joining the best first is joining in the order of tokenizer.json's merges: those that SentencePiece gave them.
+
+    It counts joined pieces downwards from 0 in the order in which they were found, then single characters.
+    """
     rank: dict[str, int] = {}
-    for i, merge in enumerate(data["model"]["merges"]):
-        rank.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), i)
+    for merge in data["model"]["merges"]:
+        rank.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), len(rank))
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == NORMAL:
+            rank.setdefault(token, len(rank))
     fixed = {BYTE: 0.0, UNKNOWN: 0.0, UNUSED: _SCORE_UNUSED, CONTROL: _SCORE_ADDED, USER_DEFINED: _SCORE_ADDED}
-    last = -float(len(rank))
-    return [fixed[kind] if kind in fixed else -float(rank[token]) if token in rank else last for token, kind in zip(tokens, types, strict=True)]
+    return [fixed[kind] if kind in fixed else -float(rank[token]) for token, kind in zip(tokens, types, strict=True)]
 
 
 def _special(tokenizer, settings: dict, config: dict) -> dict[str, Value]:

@@ -78,7 +78,9 @@ def _with_scales(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
 
 
 def _round_outside(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int]], words: str, target_name: str) -> Checkpoint:
-    recipe = replace(recipes.parse(f"{words}-rtn" if "rtn" not in words else words).recipe, target=target_name)
+    recipe = recipes.parse(f"{words}-rtn" if "rtn" not in words else words).recipe
+    recipes.one_type(recipe.mixture, "outside")
+    recipe = replace(recipe, target=target_name, mixture=None)
     plans = recipes.resolve(replace(recipe, rules=(recipes.Rule("*", recipe.scheme, "rtn"),)), {}, shapes)
     made = with_rounded(checkpoint, plans)
     if not made.provenance:

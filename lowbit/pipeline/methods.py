@@ -45,7 +45,8 @@ def _preset(name: str) -> Method:
     cost = "; ".join([*(TRANSFORMS[step].cost for step in recipe.transforms), ALGORITHMS[recipe.algorithm].cost])
     scheme = replace(recipe.scheme, scale_dtype="float16") if recipe.scheme.format == INT else recipe.scheme
     files = tuple(target for target in TARGETS if _holds(target, scheme))
-    return Method(name, "preset", PRESETS[name][1], "calibration text" if needs else "none", cost, f"{numerics.bits_per_weight(scheme, SHAPE):.3g}", files)
+    bits = f"{numerics.bits_per_weight(scheme, SHAPE):.3g}" + ("" if recipe.mixture in (None, "q8_0") else " and more")
+    return Method(name, "preset", PRESETS[name][1], "calibration text" if needs else "none", cost, bits, files)
 
 
 def _number_format(name: str) -> Method:

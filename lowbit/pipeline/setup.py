@@ -87,10 +87,13 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         from ..checkpoints.gguf import supported
 
         supported(checkpoint.config)
-    plans = recipes.resolve(recipe, shapes, outside)
+    plans = recipes.resolve(recipe, shapes, outside, checkpoint.config)
     embedding = next(iter(outside), None)
     if packed and embedding in plans and plans[embedding].scheme.format not in CASTS:
         raise RecipeError(f"a rule quantizes the embedding {embedding}, which no program reads from {recipe.target}. Leave it out, or write --to gguf.")
+    plain = [name for name, plan in plans.items() if name in shapes and plan.scheme.format == "q2_k" and plan.algorithm == "rtn" and not getattr(plan.options, "weighted", False)]
+    if recipe.mixture == "q2_k_s" and plain:
+        raise RecipeError(f"q2_k_s leaves {len(plain)} matrices in Q2_K, which are garbage without importance (llama-quantize refuses it, too). Use q2_k_s-weighted, q2_k_s-gptq, --imatrix, or q2_k.")
     if not plans:
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
     needs = {need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}

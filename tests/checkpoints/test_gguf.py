@@ -44,6 +44,8 @@ MODELS = {
     "gemma2": ("Gemma2Config", dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=64, num_hidden_layers=3)),
     "starcoder2": ("Starcoder2Config", dict(sliding_window=None, use_bias=True)),
     "gemma3": ("Gemma3TextConfig", dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=64, num_hidden_layers=7)),
+    "olmo2": ("Olmo2Config", dict(rope_theta=5e5)),
+    "smollm3": ("SmolLM3Config", dict(num_hidden_layers=5, rope_theta=5e6, tie_word_embeddings=True)),
     "phi3": ("Phi3Config", dict(original_max_position_embeddings=128, pad_token_id=0)),
     "gpt2": ("GPT2Config", dict(n_embd=64, n_layer=2, n_head=4, n_positions=1024, bos_token_id=None, eos_token_id=None, initializer_range=0.1)),
 }  # fmt: skip
@@ -195,6 +197,8 @@ def test_config_builds_the_same_model(model):
 def test_transformers_reads_the_same_logits(model):
     pytest.importorskip("accelerate", reason="transformers loads GGUF with accelerate")
     kind, checkpoint, path = model
+    if kind in ("olmo2", "smollm3"):
+        pytest.skip(f"transformers 5.23 reads no GGUF of {kind}")
     if kind in ("mixtral", "llama3-rope", "qwen2"):
         pytest.skip("transformers 5.23 drops experts of llama files, attention biases, rope factors and yarn when it reads GGUF")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
@@ -528,6 +532,14 @@ def test_rope_factors_survive_a_second_writing(tmp_path):
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
 
+def test_olmo_3_is_not_taken_for_olmo_2():
+    arch = gguf_arch.ARCHS["olmo2"]
+    values = {f"olmo2.{key}": 8 for key, _, _ in arch.keys}
+    assert gguf_arch.config_from(arch, values, ["output.weight"], 10, {})["model_type"] == "olmo2"
+    with pytest.raises(CheckpointError, match="olmo2.attention.sliding_window: it is an OLMo 3, which this version does not read"):
+        gguf_arch.config_from(arch, {**values, "olmo2.attention.sliding_window": 4096}, ["output.weight"], 10, {})
+
+
 def test_unknown_rope_factors_become_longrope_of_the_same_numbers():
     factors = torch.tensor([1.0, 1.5, 3.0, 3.0])
     values = {"llama.rope.freq_base": 10000.0, **{f"llama.{key}": 8 for key, _, _ in gguf_arch.ARCHS["llama"].keys}}
@@ -640,8 +652,17 @@ def test_fallback_is_llama_quantizes():
 
 
 def test_unsupported_models_name_the_known_ones(llama, tmp_path):
-    with pytest.raises(CheckpointError, match="'mamba' cannot be written as GGUF.*knows gemma2, .*qwen3_moe"):
+    with pytest.raises(CheckpointError, match="'mamba' cannot be written as GGUF: llama.cpp's names for its tensors and settings are not in .*knows gemma2, .*olmo2, .*smollm3"):
         gguf.supported({"model_type": "mamba"})
+    for config, message in (
+        ({"model_type": "olmo2", "tie_word_embeddings": True}, "tie_word_embeddings = True; llama.cpp computes olmo2 with False"),
+        ({"model_type": "olmo2", "attention_bias": True}, "attention_bias = True"),
+        ({"model_type": "smollm3", "num_hidden_layers": 8, "no_rope_layers": [1, 1, 0, 1, 1, 0, 1, 1]}, "smollm3 without rope in layers 4, 8, ...; the config's no_rope_layers are others"),
+        ({"model_type": "smollm3", "num_hidden_layers": 6, "no_rope_layer_interval": 3}, "no_rope_layers are others"),
+        ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 64}, "use_sliding_window = True"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            gguf.supported(config)
     for change, message in (
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'dynamic'"),

@@ -10,6 +10,7 @@ from lowbit.scheme import Scheme
 
 LAYERS = {"model.layers.0.self_attn.q_proj.weight": (64, 64), "model.layers.0.mlp.down_proj.weight": (64, 128)}
 OUTSIDE = {"model.embed_tokens.weight": (320, 64)}
+LLAMA = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}  # the mixtures look at it
 
 
 def settled(text, *, target_name=None, linears=LAYERS, model_dtype="bfloat16") -> Recipe:
@@ -18,7 +19,7 @@ def settled(text, *, target_name=None, linears=LAYERS, model_dtype="bfloat16") -
 
 
 def resolved(text, *, target_name=None, linears=LAYERS, outside=OUTSIDE):
-    return recipes.resolve(settled(text, target_name=target_name, linears=linears), linears, outside)
+    return recipes.resolve(settled(text, target_name=target_name, linears=linears), linears, outside, LLAMA)
 
 
 def toml(tmp_path, text):
@@ -58,8 +59,9 @@ def test_range_search_is_a_word(search):
 @pytest.mark.parametrize("preset", recipes.PRESETS)
 def test_presets_parse_and_resolve(preset):
     wide = dict.fromkeys(LAYERS, (512, 512))
-    plans = resolved(preset, linears=wide)
-    assert set(plans) == set(wide)
+    mixture = recipes.parse(preset).recipe.mixture
+    plans = resolved(preset, linears=wide, target_name="gguf" if mixture else None)
+    assert set(plans) == ({**wide, **OUTSIDE}.keys() if mixture else wide.keys())
     assert recipes.parse(preset).recipe.name == preset
 
 
@@ -97,13 +99,18 @@ def test_presets_parse_and_resolve(preset):
         ("int4-asym-half", ["half", "symmetric"]),
         ("int4-asym-full", ["full", "symmetric"]),
         ("q4_0-full", ["q4_0 fixes that itself; leave out words for ranges"]),
+        ("q4_k_m-q5_k_m", ["'q5_k_m' contradicts", "mixture"]),
+        ("q4_k-q4_k_m", ["'q4_k_m' contradicts", "mixture"]),
+        ("q4_k_m-pure", ["pure is one ggml type throughout; it goes with q4_0"]),
+        ("int4-pure", ["pure is one ggml type throughout"]),
+        ("int4-gptq-weighted", ["unknown key 'weighted'"]),
     ],
 )
 def test_refused_words(text, words):
     with pytest.raises(RecipeError) as caught:
         recipes.parse(text)
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert repr(text) in str(caught.value) or " makes " in str(caught.value)
+    assert repr(text) in str(caught.value) or " makes " in str(caught.value) or "options of" in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "instead"), [("iq2_xxs", "q2_k"), ("iq3_s-gptq", "q3_k"), ("ggml_nvfp4", "ggml_mxfp4")])
@@ -135,6 +142,45 @@ def test_default_group_divides_every_layer(widths, block):
 def test_default_group_of_gguf_is_32_and_scales_are_float16():
     recipe = settled("int4-sym", target_name="gguf")
     assert (recipe.scheme.block, recipe.scheme.scale_dtype) == ((1, 32), "float16")
+
+
+@pytest.mark.parametrize(
+    ("text", "q_proj", "down_proj", "embedding", "algorithm", "options"),
+    [
+        ("q3_k_m", "q3_k", "q4_k", "q6_k", "rtn", {}),
+        ("q3_k_m-gptq-guided", "q3_k", "q4_k", "q6_k", "gptq", {"guided": True}),
+        ("q2_k", "q2_k", "q3_k", "q6_k", "rtn", {}),
+        ("q2_k-pure-gptq", "q2_k", "q2_k", "q8_0", "gptq", {}),
+        ("q4_0", "q4_0", "q4_0", "q6_k", "rtn", {}),
+        ("q4_0-weighted", "q4_0", "q4_1", "q6_k", "rtn", {"weighted": True}),
+        ("q4_0-pure-weighted", "q4_0", "q4_0", "q8_0", "rtn", {"weighted": True}),
+        ("q4_k", "q4_k", "q4_k", "q8_0", "rtn", {}),
+    ],
+)
+def test_mixtures_choose_types_and_pure_is_one_type(text, q_proj, down_proj, embedding, algorithm, options):
+    """In the first of eight layers, of a tied model."""
+    wide = dict.fromkeys((*LAYERS, *OUTSIDE), (512, 512))
+    plans = resolved(text, target_name="gguf", linears={n: wide[n] for n in LAYERS}, outside={n: wide[n] for n in OUTSIDE})
+    assert [plans[name].scheme.format for name in wide] == [q_proj, down_proj, embedding]
+    assert [plans[name].algorithm for name in wide] == [algorithm, algorithm, "rtn"]
+    assert settled(text, target_name="gguf").options == options
+
+
+def test_rules_win_over_a_mixture_and_name_one_type(tmp_path):
+    text = 'scheme = "q4_k_m"\ntarget = "gguf"\n[[rules]]\nmatch = "*.down_proj"\nscheme = "q5_0"\n[[rules]]\nmatch = "*.embed_tokens"\nscheme = "keep"\n'
+    plans = resolved(toml(tmp_path, text))
+    assert [one.scheme.format for one in plans.values()] == ["q5_0", "q5_0"]  # the first is q4_k that fell back
+    assert plans["model.layers.0.self_attn.q_proj.weight"].notes
+    with pytest.raises(RecipeError, match="q3_k_l is a mixture, which chooses a type for every weight of a model; expected one type, such as q3_k"):
+        resolved(toml(tmp_path, text.replace('"q5_0"', '"q3_k_l"')))
+
+
+def test_a_mixture_is_for_gguf_only():
+    with pytest.raises(RecipeError, match="q4_k_m is a mixture of block types, which only a GGUF file holds. Write it with --to gguf"):
+        settled("q4_k_m")
+    assert settled("q4_0", target_name="safetensors").mixture is None
+    with pytest.raises(RecipeError, match="mixture 'q9_k' is not known; expected one of q2_k, "):
+        recipes.resolve(Recipe("mine", Scheme(format="q4_k"), "rtn", mixture="q9_k", target="gguf"), LAYERS, OUTSIDE, LLAMA)
 
 
 def test_scales_take_the_models_dtype():
