@@ -135,6 +135,8 @@ class Activation:
     def __post_init__(self) -> None:
         if self.format not in ACTIVATIONS:
             raise RecipeError(f"activations: format is {self.format!r}; expected one of {', '.join(ACTIVATIONS)}.")
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"activations: bits is {self.bits}; expected 2 to 8.")
         if not self.symmetric and self.format != INT:
             raise RecipeError(f"activations: {self.format} is symmetric; only integers can be asymmetric.")
         if self.static and self.range == "full":

@@ -65,4 +65,4 @@ def _open(name: str, tensors: Mapping[str, LazyTensor], block: list[int] | None,
         wide = exact.repeat_interleave(size[1], dim=1)[:, :columns]
         return values.mul_(wide[torch.arange(start, min(stop, rows)) // size[0]]).to(dtype)
 
-    return LazyTensor(weight.shape, dtype, read, weight.nbytes + scale.nbytes, stored_format=f"fp8-{size[0]}x{size[1]}" if block else "fp8-tensor")
+    return LazyTensor(weight.shape, dtype, read, weight.nbytes + scale.nbytes, stored_as=f"fp8-{size[0]}x{size[1]}" if block else "fp8-tensor")

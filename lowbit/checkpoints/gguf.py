@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..errors import CheckpointError, RecipeError, ShapeError
 from ..numerics import ggml, ggml_tables, integer
 from ..scheme import CASTS, INT, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import gguf_arch, gguf_mixtures, gguf_other, gguf_tokenizer
+from . import gguf_arch, gguf_mixtures, gguf_other, gguf_tokenizer, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .gguf_arch import ROPE_TENSORS, Arch, Place
 from .gguf_container import STORED_TYPES, Header, Metadata, TensorInfo, decode_value, header_bytes, pack_value, read_header
@@ -36,6 +37,7 @@ _BLOCK_NAMES = {kind.type_id: name for name, kind in ggml.BLOCK_TYPES.items()}
 _STANDS_FOR = "float16"  # what a quantized tensor of unknown origin is decoded to
 _SCALES = ("scale", "input_scale")  # beside a matrix: a float that multiplies its outputs, and one that other devices than the CPU round its inputs by
 _SAME_CODES = {"mxfp4": "ggml_mxfp4"}  # formats whose codes a block type holds unchanged
+MOST_EXPERTS = 1 << 14
 
 # llama-quantize's substitutes for a row that a type's blocks do not divide (formats.md, section 16).
 _FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl", "tq1_0": "q4_0", "tq2_0": "q4_0"}
@@ -64,6 +66,7 @@ def open_file(path: Path) -> Checkpoint:
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(f"{path} holds no token_embd.weight; it is not a whole language model.")
     arch = gguf_arch.find_named(name, metadata)
+    _refuse_counts(header, name)
     if arch is None:
         return _open_other(header, name, metadata)
     config = _config(header, arch, metadata)
@@ -81,6 +84,14 @@ def open_file(path: Path) -> Checkpoint:
     return Checkpoint("gguf", path, config, tensors, quantized, provenance=_provenance(header))
 
 
+def _refuse_counts(header: Header, name: str) -> None:
+    """Raise CheckpointError for more layers than tensors, and for stacks of experts that the metadata does not announce: what is read grows with both."""
+    layers, experts = header.get(f"{name}.block_count", 0), header.get(f"{name}.expert_count", 0)
+    for key, value, most in (("block_count", layers, len(header.tensors)), ("expert_count", experts, MOST_EXPERTS)):
+        if type(value) is not int or not 0 <= value <= most:
+            raise CheckpointError(f"{header.path}: {name}.{key} is {value!r}; expected a number from 0 to {most:,}, and the file has {len(header.tensors)} tensors.")
+
+
 def _open_other(header: Header, name: str, metadata: Mapping) -> Checkpoint:
     """A file of an architecture without an entry in gguf_arch, decoded when read."""
     reader = gguf_other.Reader(header.path, name, metadata, header.tensors)
@@ -89,18 +100,21 @@ def _open_other(header: Header, name: str, metadata: Mapping) -> Checkpoint:
         their_name, shape, arrange = reader.tensor(info.name, info.shape)
         dense = _dense(info)
         whole = lambda start, stop, dense=dense, arrange=arrange: arrange(dense.load())[start:stop]
-        tensors[their_name] = dense if arrange is None else LazyTensor(shape, dense.dtype, whole, info.nbytes)
+        tensors[their_name] = dense if arrange is None else LazyTensor(shape, dense.dtype, whole, info.nbytes, dense.stored_as)
     return Checkpoint("gguf", header.path, {**reader.config, "dtype": _model_dtype(header)}, tensors, provenance=_provenance(header))
 
 
 def _config(header: Header, arch: Arch, metadata: Mapping) -> dict:
-    rope_data = {name: _dense(header.tensors[name]).load() for name in ROPE_TENSORS if name in header.tensors}
+    factors = [header.tensors[name] for name in ROPE_TENSORS if name in header.tensors]
+    if odd := next((info for info in factors if info.type_id or len(info.shape) != 1), None):
+        raise CheckpointError(f"{header.path}: {odd.name} is {list(odd.shape)} of type {GGMLQuantizationType(odd.type_id).name}; expected a vector of F32.")
+    rope_data = {info.name: _dense(info).load() for info in factors}
     rows = header.tensors["token_embd.weight"].shape[0]
     try:
         config = gguf_arch.config_from(arch, metadata, header.tensors, rows, rope_data)
         for leaf in arch.permuted:
             gguf_arch.heads(arch, leaf, config)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError, KeyError) as error:
         raise CheckpointError(f"{header.path}: its metadata has values of the wrong kind: {error}.") from error
     except CheckpointError as error:
         raise CheckpointError(f"{header.path}: {error}") from error
@@ -117,12 +131,10 @@ def _model_dtype(header: Header) -> str:
 
 
 def _provenance(header: Header) -> dict:
-    text = header.get(PROVENANCE)
-    try:
-        data = json.loads(text) if isinstance(text, str) else {}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{header.path}: the metadata {PROVENANCE} is not JSON: {error}.") from error
-    return data if isinstance(data, dict) else {}
+    text, where = header.get(PROVENANCE, "{}"), f"{header.path}: the metadata {PROVENANCE}"
+    if not isinstance(text, str):
+        raise CheckpointError(f"{where} is a {type(text).__name__}; expected JSON.")
+    return safetensors.checked_provenance(safetensors.parse_json(text, where), where)
 
 
 def _entries(info: TensorInfo, scale: TensorInfo | None, arch: Arch, config: Mapping) -> Iterator[tuple[str, LazyTensor | LazyQuantized]]:
@@ -134,6 +146,8 @@ def _entries(info: TensorInfo, scale: TensorInfo | None, arch: Arch, config: Map
     if len(info.shape) != 3:
         raise CheckpointError(f"tensor {info.name!r} is {list(info.shape)}; a stack of experts has three dimensions.")
     count, rows, columns = info.shape
+    if count > MOST_EXPERTS:
+        raise CheckpointError(f"tensor {info.name!r} is a stack of {count:,} experts; expected at most {MOST_EXPERTS:,}.")
     for expert, factor in enumerate(_factors(scale, count)):
         part = TensorInfo(info.name, info.type_id, (rows, columns), info.rows[expert * rows : (expert + 1) * rows])
         yield name.replace("{e}", str(expert)), _entry(part, arch, config, factor=factor)
@@ -211,11 +225,11 @@ def _dense(info: TensorInfo, order: Tensor | None = None, *, shift: float = 0.0,
         values = (values if factor is None else values.float() * factor).to(dtype).view(stop - start, *info.shape[1:])
         return values + shift if shift else values
 
-    return LazyTensor(info.shape, dtype, read, info.nbytes)
+    return LazyTensor(info.shape, dtype, read, info.nbytes, None if info.type_id in _DTYPES else STORED_TYPES[info.type_id].name)
 
 
 def _transposed(lazy: LazyTensor) -> LazyTensor:
-    return LazyTensor(lazy.shape[::-1], lazy.dtype, lambda start, stop: lazy.load().T[start:stop].contiguous(), lazy.nbytes)
+    return LazyTensor(lazy.shape[::-1], lazy.dtype, lambda start, stop: lazy.load().T[start:stop].contiguous(), lazy.nbytes, lazy.stored_as)
 
 
 def write_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
@@ -455,7 +469,13 @@ def _made_metadata(checkpoint: Checkpoint, arch: Arch, config: dict, planned: li
         "general.quantization_version": ("u32", 2),
         **gguf_tokenizer.metadata(checkpoint.files, config, rows, where=checkpoint.path),
     }
-    return {key: pack_value(kind, value) for key, (kind, value) in values.items()}
+    raw = {}
+    for key, (kind, value) in values.items():
+        try:
+            raw[key] = pack_value(kind, value)
+        except (struct.error, OverflowError, TypeError, AttributeError, UnicodeEncodeError) as error:
+            raise CheckpointError(f"{checkpoint.path}: {key} is {value!r}, which a GGUF cannot hold as {kind} ({error}). Its config or tokenizer is damaged.") from error
+    return raw
 
 
 def _copied_metadata(source: Header, planned: list[_Planned], provenance: Mapping) -> dict[str, bytes]:

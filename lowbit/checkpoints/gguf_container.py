@@ -16,6 +16,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from ..errors import CheckpointError
 from ..numerics.ggml import BLOCK_TYPES
 
 _MAGIC = b"GGUF"
+HEADER_BYTES, STRINGS = 1 << 27, 1 << 22  # of a header and of an array in it; 260,000 tokens with 510,000 merges take 16 MB
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _TYPE_IDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
@@ -115,12 +117,14 @@ class Metadata(Mapping):
 
 def read_header(path: Path) -> Header:
     """Read and check the header of a GGUF file; the parts of a split file become one. Raises CheckpointError for a damaged file."""
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    match = re.fullmatch(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", path.name)
     if not match:
         header = _read_part(path)
         if (header.get("split.count") or 1) != 1:
             raise CheckpointError(f"{path} is one part of {header.get('split.count')}; give the parts their names back (NAME-00001-of-0000N.gguf).")
         return header
+    if not 1 <= int(match[2]) <= int(match[3]):
+        raise CheckpointError(f"{path} calls itself part {int(match[2])} of {int(match[3])}. Give it its name back.")
     parts = [_read_part(path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf")) for i in range(1, int(match[3]) + 1)]
     tensors: dict[str, TensorInfo] = {}
     for part in parts:
@@ -128,7 +132,7 @@ def read_header(path: Path) -> Header:
         if twice:
             raise CheckpointError(f"{part.path}: tensor {min(twice)!r} is in an earlier part of the split file too.")
         tensors.update(part.tensors)
-    expected = parts[0].get("split.tensors.count") if parts else None
+    expected = parts[0].get("split.tensors.count")
     if expected is not None and expected != len(tensors):
         raise CheckpointError(f"{path}: the parts of the split file hold {len(tensors)} tensors together; the first one says {expected}.")
     return Header(parts[0].path, parts[0].raw, tensors)
@@ -157,7 +161,7 @@ def _parse(path: Path, data: np.ndarray) -> Header:
         raise CheckpointError(f"{path} is {'a big-endian GGUF' if big else f'GGUF version {version}'}; little-endian files of version 2 and 3 are read.")
     if 13 * n_values + 25 * n_tensors > len(data):
         raise CheckpointError(f"{path} says it has {n_tensors:,} tensors and {n_values:,} metadata values, more than {len(data):,} bytes can hold. It is damaged.")
-    cursor = _Cursor(path, view, 24)
+    cursor = _Cursor(path, view[:HEADER_BYTES], 24)
     raw = {}
     for _ in range(n_values):
         key, value = cursor.text(), cursor.value()
@@ -167,7 +171,7 @@ def _parse(path: Path, data: np.ndarray) -> Header:
     infos = [cursor.tensor() for _ in range(n_tensors)]
     header = Header(path, raw, {})
     alignment = header.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise CheckpointError(f"{path}: general.alignment is {alignment!r}; expected a power of two.")
     tensors = _place(path, data, infos, start=-(-cursor.position // alignment) * alignment, alignment=alignment)
     return Header(path, raw, tensors)
@@ -186,7 +190,8 @@ class _Cursor:
 
     def skip(self, size: int) -> None:
         if size > len(self.view) - self.position:
-            raise CheckpointError(f"{self.path}: {size:,} bytes are announced at byte {self.position:,} and the file ends at {len(self.view):,}. It is truncated or damaged.")
+            end = f"the file ends at {len(self.view):,}" if len(self.view) < HEADER_BYTES else f"a header has at most {HEADER_BYTES:,}"
+            raise CheckpointError(f"{self.path}: {size:,} bytes are announced at byte {self.position:,} and {end}. It is truncated or damaged.")
         self.position += size
 
     def text(self) -> str:
@@ -220,7 +225,7 @@ class _Cursor:
         if kind != _STRING:
             self.skip(count * self._size(kind))
             return
-        if 8 * count > len(self.view) - self.position:
+        if 8 * count > len(self.view) - self.position or count > STRINGS:
             raise CheckpointError(f"{self.path}: an array of {count:,} strings is announced at byte {self.position:,}, more than the file can hold. It is damaged.")
         view, position, length = self.view, self.position, struct.Struct("<Q").unpack_from
         for _ in range(count):
@@ -243,6 +248,7 @@ class _Cursor:
 def _place(path: Path, data: np.ndarray, infos: list, *, start: int, alignment: int) -> dict[str, TensorInfo]:
     """Check that every tensor lies inside of the file, and map it."""
     tensors: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int, str]] = []
     for name, shape, type_id, offset in infos:
         where = f"{path}: tensor {name!r}"
         if name in tensors:
@@ -259,8 +265,12 @@ def _place(path: Path, data: np.ndarray, infos: list, *, start: int, alignment: 
         size = rows * row_bytes
         if begin + size > len(data):
             raise CheckpointError(f"{where} ends at byte {begin + size:,} and the file at {len(data):,}. It is truncated or damaged.")
+        spans.append((begin, begin + size, name))
         flat = data[begin : begin + size]
         tensors[name] = TensorInfo(name, type_id, shape, flat.reshape(rows, row_bytes) if len(shape) > 1 else flat.reshape(shape[0] // block, block_bytes))
+    for (_, end, name), (begin, _, other) in pairwise(sorted(spans)):
+        if begin < end:
+            raise CheckpointError(f"{path}: the tensors {name!r} and {other!r} lie on the same bytes. The file is damaged.")
     return tensors
 
 

@@ -184,8 +184,10 @@ def _layout(section: dict, method: str, path: Path) -> str:
         return AWQ
     if method == "auto-round":
         name = section.get("packing_format", "auto_round:gptq")
-        if name not in PACKING_FORMATS:
+        if not isinstance(name, str) or name not in PACKING_FORMATS:
             raise CheckpointError(f"{path}: packing_format is {name!r}; of AutoRound this version reads {', '.join(PACKING_FORMATS)}.")
+        if section.get("data_type", "int") != "int":
+            raise CheckpointError(f"{path}: data_type is {section['data_type']!r}; of AutoRound this version reads int.")
         return PACKING_FORMATS[name]
     name = section.get("checkpoint_format") or section.get("format") or V1
     if name not in (V1, V2):
@@ -196,8 +198,9 @@ def _layout(section: dict, method: str, path: Path) -> str:
 
 
 def _open_module(module: str, tensors: Mapping[str, LazyTensor], section: dict, layout: str, config: dict, path: Path) -> LazyQuantized:
-    bits, size = section.get("bits"), section.get("group_size", -1)
-    symmetric = section.get("sym", True) if layout != AWQ else not section.get("zero_point", not section.get("sym", False))
+    bits, size, symmetric = section.get("bits"), section.get("group_size", -1), section.get("sym", layout != AWQ)
+    if layout == AWQ and "zero_point" in section:
+        symmetric = not section["zero_point"] if type(section["zero_point"]) is bool else section["zero_point"]
     if type(bits) is not int or bits not in (BITS if layout != AWQ else (4,)) or type(size) is not int or (size < 1 and size != -1) or type(symmetric) is not bool:
         raise CheckpointError(f"{path}: {module}: bits {bits!r}, group_size {size!r}, symmetric {symmetric!r}; expected 2, 3, 4 or 8 bits (AWQ: 4) and a group_size of -1 or more than 0.")
     parts = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors and not (layout == AWQ and part == "g_idx")}

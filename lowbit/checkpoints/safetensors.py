@@ -2,7 +2,7 @@
 
 The safetensors library checks header, offsets and sizes when a file is opened; tensors are then copied out of a read-only mapping
 (its own reader for torch maps files writable, which a memory limit counts as if they were loaded). Pickled weights (pytorch_model.bin)
-are refused.
+are refused, and links that lead out of the folder.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +31,7 @@ SIDE_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 SHARD_BYTES = 4_500_000_000
+JSON_BYTES, JSON_PARTS, JSON_DEPTH = 64_000_000, 2_000_000, 100  # the largest tokenizer.json has 35 MB and 800,000 parts
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -55,32 +58,87 @@ def _activations(provenance: dict, path: Path) -> dict[str, Rounding]:
 
 def side_files(path: Path) -> tuple[Path, ...]:
     """Tokenizer, chat template and generation files of a model folder."""
-    return tuple(path / name for name in SIDE_FILES if (path / name).is_file())
+    return tuple(refuse_outside(path / name, path) for name in SIDE_FILES if (path / name).is_file())
 
 
 def read_provenance(path: Path) -> dict:
-    return read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {}
+    return checked_provenance(read_json(path / PROVENANCE), path / PROVENANCE) if (path / PROVENANCE).is_file() else {}
+
+
+def checked_provenance(data: dict, where: object) -> dict:
+    """Provenance that has objects where lowbit writes them; CheckpointError otherwise."""
+    layers = data.get("layers", {})
+    parts = {"recipe": data.get("recipe", {}), "layers": layers, **(layers if isinstance(layers, dict) else {})}
+    for key, value in parts.items():
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{where}: {key} of the provenance is {value!r}; expected an object.")
+    return data
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or CheckpointError saying what is wrong with it."""
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, where: object) -> dict:
+    """A JSON object of at most JSON_PARTS objects and lists, nested at most JSON_DEPTH deep (Python's own functions recurse); CheckpointError otherwise."""
+    if text.count("{") + text.count("[") > JSON_PARTS:
+        raise CheckpointError(f"{where} holds more than {JSON_PARTS:,} objects and lists, which no program writes. It is damaged.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist. A model folder holds config.json, the weights as .safetensors and a tokenizer.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}; expected an object.")
+        raise CheckpointError(f"{where} holds a JSON {type(data).__name__}; expected an object.")
+    if "\\ud" in text.lower() and not _is_text(data):
+        raise CheckpointError(f"{where} holds half of a surrogate pair, which is no character.")
+    level: list = [data]
+    for _ in range(JSON_DEPTH):
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part) if isinstance(inner, dict | list)]
+    if level:
+        raise CheckpointError(f"{where} is nested more than {JSON_DEPTH} deep, which no program writes. It is damaged.")
     return data
 
 
+def _is_text(data: dict) -> bool:
+    try:
+        return bool(json.dumps(data, ensure_ascii=False).encode())
+    except (UnicodeEncodeError, RecursionError):
+        return False
+
+
+def read_text(path: Path) -> str:
+    """A text file of a model folder: UTF-8, at most JSON_BYTES. CheckpointError for one that is missing, no plain file, or outside of its folder."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. A model folder holds config.json, the weights as .safetensors and a tokenizer.")
+    if not path.is_file() or path.stat().st_size > JSON_BYTES:
+        what = f"has {path.stat().st_size:,} bytes; expected at most {JSON_BYTES:,}" if path.is_file() else "is no file"
+        raise CheckpointError(f"{path} {what}.")
+    try:
+        return refuse_outside(path, path.parent).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def refuse_outside(file: Path, folder: Path) -> Path:
+    """The file itself; CheckpointError for a link that leads out of the model's folder (in the hub's cache links lead to its blobs)."""
+    home, real = folder.resolve(), file.resolve()
+    allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{file} is a link that leads out of the folder, to {real}. Refused: put the file itself there.")
+    return file
+
+
 def quant_method(config: dict, path: Path) -> str | None:
-    """What a config.json says that its model is quantized with; None: it is not. Raises CheckpointError for a section that is no object."""
-    section = config.get("quantization_config") or {}
+    """What a config.json says that its model is quantized with; None: it is not. Raises CheckpointError for a section that does not say it."""
+    section = config.get("quantization_config")
+    if section is None or section == {}:
+        return None
     if not isinstance(section, dict):
         raise CheckpointError(f"{path / 'config.json'}: quantization_config is {section!r}; expected an object.")
-    return section.get("quant_method")
+    if not isinstance(section.get("quant_method"), str):
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config has the quant_method {section.get('quant_method')!r}; expected the name of a method.")
+    return section["quant_method"]
 
 
 def open_tensors(path: Path, variant: str = "") -> dict[str, LazyTensor]:
@@ -112,7 +170,7 @@ def _shards(path: Path, variant: str) -> Mapping[Path, list[str] | None]:
             shards.setdefault(inside(path, file), []).append(name)
         return shards
     if single.is_file():
-        return {single: None}
+        return {refuse_outside(single, path): None}
     others = sorted(p.name for p in path.glob("*.safetensors"))
     pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
     if others:
@@ -127,10 +185,9 @@ def inside(folder: Path, name: str) -> Path:
     if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name:
         raise CheckpointError(f"{folder}: the index names the file {name!r}, which points outside the folder. Refused.")
     target = folder / name
-    # A link inside a hub cache points to its blobs folder: that is how the cache is made, so only the name is judged.
     if not target.is_file():
         raise CheckpointError(f"{target} does not exist, but the index lists it. The download is incomplete.")
-    return target
+    return refuse_outside(target, folder)
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
@@ -139,11 +196,21 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
         with safe_open(path, framework="np"):  # raises on anything odd in the header
             pass
         data = np.memmap(path, dtype=np.uint8, mode="r")
+        first = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header = _header(data[8:first].tobytes())
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({os.path.getsize(path):,} bytes): {error}. Download or copy it again.") from error
-    first = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:first].tobytes())
-    return {name: _lazy(data[first:], header[name], name, path) for name in sorted(header) if name != "__metadata__"}
+    return {name: _lazy(data[first:], header[name], name, path) for name in sorted(header)}
+
+
+def _header(text: bytes) -> dict[str, dict]:
+    """The entries of a header by name; ValueError for what the library lets pass."""
+    pairs = [(name, entry) for name, entry in json.loads(text, object_pairs_hook=tuple) if name != "__metadata__"]
+    if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the tensor {twice[0]!r} is there twice")
+    if odd := [name for name, entry in pairs if not isinstance(entry, tuple)]:
+        raise ValueError(f"the entry of {odd[0]!r} is no object")
+    return {name: dict(entry) for name, entry in pairs}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -163,6 +230,8 @@ def _lazy(data: np.ndarray, entry: dict, name: str, path: Path) -> LazyTensor:
     shape, dtype, (begin, end) = tuple(entry["shape"]), _DTYPES.get(entry["dtype"]), entry["data_offsets"]
     if dtype is None:
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which lowbit does not read.")
+    if max(shape, default=0) >= 1 << 63:  # beside a zero anything else adds up
+        raise CheckpointError(f"{path}: tensor {name!r} has the shape {list(shape)}. It is damaged.")
     row = (end - begin) // shape[0] if shape and shape[0] else end - begin
 
     def read(start: int, stop: int) -> Tensor:
@@ -205,7 +274,7 @@ class ShardWriter:
         entry = len(json.dumps(name)) + 160
         if self._file and (self._offset + size > self.max_bytes or self._header_bytes + entry > self._room):
             self._finish_shard(self._file)
-        file = self._file or self._start_shard()
+        file = self._file or self._start_shard(entry)
         self._header_bytes += entry
         self.total_bytes += size
         if size % 8:  # readers want every tensor aligned to its dtype and the format allows no holes: odd sizes go last
@@ -222,9 +291,11 @@ class ShardWriter:
             self._written += part.nbytes
         self._header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, self._written]}
 
-    def _start_shard(self) -> BinaryIO:
+    def _start_shard(self, entry: int = 0) -> BinaryIO:
+        """entry: bytes of the first tensor's place in the header."""
         path = self.folder / f"shard-{len(self._shards):05d}.tmp"
         self._file = open(path, "wb")  # noqa: SIM115  (open until the shard is full)
+        self._room = max(self._room, -(-(256 + entry) // 8) * 8)
         self._file.seek(8 + self._room)
         self._header: dict[str, dict] = {"__metadata__": dict(self._metadata)}
         self._odd: list[tuple[str, Tensor | LazyTensor]] = []
@@ -275,7 +346,7 @@ def sync(path: Path) -> None:
 def copy_files(files: Iterable[Path], folder: Path) -> None:
     """Copy tokenizer, template and generation files beside the weights."""
     for file in files:
-        (folder / file.name).write_bytes(file.read_bytes())
+        shutil.copyfile(file, folder / file.name)
 
 
 def write_packed(

@@ -42,19 +42,13 @@ def main() -> None:
     except LowbitError as error:
         if debug:
             raise
-        from .console import err
+        from .console import err, plain
 
-        err.print(f"[bold red]error[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error[/] {plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _version(value: bool) -> None:
@@ -115,7 +109,7 @@ def quantize(
 
       lowbit quantize --recipe list .
     """
-    from .console import BarProgress, err, out, print_json
+    from .console import BarProgress, err, out, plain, print_json
 
     if recipe == "list":
         _list_recipes()
@@ -131,7 +125,7 @@ def quantize(
         )  # fmt: skip
     except KeyboardInterrupt:
         again = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
-        err.print(f"\nStopped. What is done is kept; go on with:\n  lowbit {_escape(again)}", highlight=False, soft_wrap=True)
+        err.print(f"\nStopped. What is done is kept; go on with:\n  lowbit {plain(again)}", highlight=False, soft_wrap=True)
         sys.exit(130)
     if as_json:
         print_json({"path": str(result.path), "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes, **result.provenance})
@@ -141,15 +135,16 @@ def quantize(
 
 def _print_result(result, out) -> None:
     from ..pipeline.resources import human
+    from .console import plain
 
     errors = [r["output_error"] for r in result.layers.values() if "output_error" in r]
-    plain = [r["rtn_output_error"] for r in result.layers.values() if "rtn_output_error" in r]
+    rounded = [r["rtn_output_error"] for r in result.layers.values() if "rtn_output_error" in r]
     notes = [f"{name}: {note}" for name, record in result.layers.items() for note in record.get("notes", [])]
-    out.print(f"[bold]{result.path}[/]  {len(result.layers)} matrices, {result.seconds:.0f} s, peak memory {human(result.peak_memory_bytes)} (RssAnon)", highlight=False, soft_wrap=True)
-    if plain:
-        out.print(f"Relative squared error of the layers' outputs, mean: {sum(errors) / len(errors):.5f}; plain rounding {sum(plain) / len(plain):.5f}.", highlight=False)
+    out.print(f"[bold]{plain(result.path)}[/]  {len(result.layers)} matrices, {result.seconds:.0f} s, peak memory {human(result.peak_memory_bytes)} (RssAnon)", highlight=False, soft_wrap=True)
+    if rounded:
+        out.print(f"Relative squared error of the layers' outputs, mean: {sum(errors) / len(errors):.5f}; plain rounding {sum(rounded) / len(rounded):.5f}.", highlight=False)
     for note in notes[:5]:
-        out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+        out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
     if len(notes) > 5:
         out.print(f"  ... and {len(notes) - 5} more notes in lowbit.json", style="dim", highlight=False)
 
@@ -272,7 +267,7 @@ def evaluate(
 def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
     from dataclasses import asdict
 
-    from .console import comparison_tables, out, print_json
+    from .console import comparison_tables, out, plain, print_json
 
     if html is not None:
         from ..checkpoints.safetensors import write_text
@@ -285,9 +280,9 @@ def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
     for part in comparison_tables(comparison):
         out.print(part)
         out.print()
-    out.print(f"{comparison.windows} windows of {comparison.length} tokens of the {comparison.text}; KL in nats against the first row.", style="dim", highlight=False, soft_wrap=True)
+    out.print(f"{comparison.windows} windows of {comparison.length} tokens of the {plain(comparison.text)}; KL in nats against the first row.", style="dim", highlight=False, soft_wrap=True)
     if html is not None:
-        out.print(f"Report: {html}", highlight=False)
+        out.print(f"Report: {plain(html)}", highlight=False)
 
 
 @app.command()
@@ -306,10 +301,10 @@ def convert(
     """
     _prepare(None)
     from ..pipeline.convert import convert as run
-    from .console import BarProgress, out
+    from .console import BarProgress, out, plain
 
     path = run(model, to, output, outside=outside, overwrite=overwrite, progress=BarProgress())
-    out.print(f"[bold]{path}[/]  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else f"[bold]{path}[/]", highlight=False)
+    out.print(f"[bold]{plain(path)}[/]" + (f"  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else ""), highlight=False)
 
 
 @app.command()
@@ -357,7 +352,7 @@ def plan(
 
     from ..pipeline import plan as plans
     from ..pipeline.resources import parse_size
-    from .console import out, print_json, table
+    from .console import out, plain, print_json, table
 
     limit = None if memory is None else parse_size(memory)
     if parameters is not None:
@@ -381,11 +376,11 @@ def plan(
         sizes = [f"{size / 1e6:,.1f}" for size in (row.weights_bytes, row.kv_cache_bytes, row.overhead_bytes, row.total_bytes)]
         cells = (mark + sizes[0], f"{row.bits_per_weight:.2f}", *sizes[1:])
         shown.add_row(row.recipe, *cells, "[green]yes[/]" if row.fits else "[red]no[/]")
-    out.print(f"[bold]{_escape(made.name)}[/]  {made.architecture}, {made.parameters:,} parameters; context {made.context:,}; memory {made.memory_bytes / 1e9:.1f} GB", highlight=False)
+    out.print(f"[bold]{plain(made.name)}[/]  {made.architecture}, {made.parameters:,} parameters; context {made.context:,}; memory {made.memory_bytes / 1e9:.1f} GB", highlight=False)
     out.print(shown)
     out.print("Weights are exact for the files that lowbit writes; ~ marks estimates, and overhead always is one.", style="dim", highlight=False)
     for note in dict.fromkeys([*made.notes, *(note for row in made.rows for note in row.notes)]):
-        out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+        out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -409,19 +404,19 @@ def inspect(
     from dataclasses import asdict
 
     from ..pipeline import inspect as inspection
-    from .console import out, print_json, table
+    from .console import out, plain, print_json, table
 
     found = inspection.inspect(path)
     histogram = inspection.tensor_histogram(path, tensor) if tensor else None
     if as_json:
         print_json({**asdict(found), **({"histogram": asdict(histogram)} if histogram else {})})
         return
-    out.print(f"[bold]{_escape(str(found.path))}[/]  {found.kind}, {found.file_bytes / 1e6:,.1f} MB in files, {found.bits_per_weight:.2f} bits per weight", highlight=False)
-    out.print("  " + ", ".join(f"{key} {value}" for key, value in found.config.items()), style="dim", highlight=False, soft_wrap=True)
+    out.print(f"[bold]{plain(found.path)}[/]  {found.kind}, {found.file_bytes / 1e6:,.1f} MB in files, {found.bits_per_weight:.2f} bits per weight", highlight=False)
+    out.print("  " + ", ".join(f"{key} {plain(value, 100)}" for key, value in found.config.items()), style="dim", highlight=False, soft_wrap=True)
     if all_tensors:
         shown = table("tensor", "format", "shape", "bits/w", "bytes")
         for row in found.tensors:
-            shown.add_row(row.name, row.format, " x ".join(map(str, row.shape)), f"{row.bits_per_weight:.2f}", f"{row.size_bytes:,}")
+            shown.add_row(plain(row.name), row.format, " x ".join(map(str, row.shape)), f"{row.bits_per_weight:.2f}", f"{row.size_bytes:,}")
         out.print(shown)
     totals = table("format", "tensors", "weights", "MB")
     for name, total in found.formats.items():
@@ -429,10 +424,11 @@ def inspect(
     out.print(totals)
     if found.provenance:
         recipe = found.provenance.get("recipe", {})
-        out.print(f"made by lowbit {found.provenance.get('lowbit')}, recipe {recipe.get('name')}, calibration {found.provenance.get('calibration')}", style="dim", highlight=False, soft_wrap=True)
+        words = f"made by lowbit {found.provenance.get('lowbit')}, recipe {recipe.get('name')}, calibration {found.provenance.get('calibration')}"
+        out.print(plain(words), style="dim", highlight=False, soft_wrap=True)
     if histogram:
         numbers = f"min {histogram.minimum:.5g}  max {histogram.maximum:.5g}  mean {histogram.mean:.5g}  std {histogram.std:.5g}"
-        out.print(f"\n[bold]{histogram.name}[/]  {histogram.format} {list(histogram.shape)}  {numbers}", highlight=False)
+        out.print(f"\n[bold]{plain(histogram.name)}[/]  {histogram.format} {list(histogram.shape)}  {numbers}", highlight=False)
         most = max(histogram.counts)
         for edge, count in zip(histogram.edges, histogram.counts, strict=False):
             out.print(f"{edge:>11.4f} {'█' * round(50 * count / max(1, most))} {count if count else ''}", highlight=False)
@@ -453,7 +449,7 @@ def doctor(
     from dataclasses import asdict
 
     from ..pipeline.doctor import doctor as look
-    from .console import out, print_json
+    from .console import out, plain, print_json
 
     checks = look(online=online)
     if as_json:
@@ -461,6 +457,6 @@ def doctor(
     else:
         marks = {True: "[green]ok  [/]", False: "[red]bad [/]", None: "[dim]-   [/]"}
         for check in checks:
-            out.print(f"{marks[check.ok]} {check.name:<20} {_escape(check.detail)}" + (f"\n     {'':<20} [dim]{_escape(check.advice)}[/]" if check.advice else ""), highlight=False, soft_wrap=True)
+            out.print(f"{marks[check.ok]} {check.name:<20} {plain(check.detail)}" + (f"\n     {'':<20} [dim]{plain(check.advice)}[/]" if check.advice else ""), highlight=False, soft_wrap=True)
     if any(check.ok is False for check in checks):
         sys.exit(1)

@@ -18,7 +18,7 @@ from ..scheme import INT
 from ..tensor import QuantizedTensor
 from . import recipes, resources
 from .locate import locate
-from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, with_rounded, write
+from .output import as_stored_dense, checked, readable_errors, refuse_own_input, rounded_record, with_rounded, write
 
 
 def convert(path: str | Path, target_name: str, output: str | Path, *, outside: str | None = None, overwrite: bool = False, progress: Progress = SILENT) -> Path:
@@ -37,6 +37,7 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
     checkpoint = skeleton.checkpoint
     if target_name == "gguf":
         supported(checkpoint.config)
+    checkpoint = checked(checkpoint, [name for source in skeleton.sources.values() for name in source.flat()])
     if outside is not None:
         checkpoint = _round_outside(checkpoint, outside_matrices(skeleton), outside, target_name)
     if target_name != "safetensors" and (lost := [name for name in checkpoint.activations if name not in checkpoint.quantized or checkpoint.quantized[name].scheme.act is None]):

@@ -174,7 +174,7 @@ def _score(models, windows: Windows, device: torch.device, advance: Advance) -> 
 def size_of(checkpoint: Checkpoint) -> Size:
     """Bytes of a checkpoint, in files and in tensors, and what they come to per weight."""
     folder = checkpoint.path
-    files = [folder] if folder.is_file() else [p for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf")]
+    files = [folder] if folder.is_file() else [p for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf") and p.is_file()]
     skeleton = sk.build(checkpoint)
     parameters = skeleton.parameter_count()
     outside = set(outside_matrices(skeleton))

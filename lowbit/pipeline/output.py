@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from ..errors import JobError, ResourceError
 from ..models import skeleton as sk
 from ..models.linears import find_linears
 from ..models.skeleton import Skeleton
+from ..numerics.ggml import BLOCK_TYPES
 from ..progress import Progress
 from ..tensor import QuantizedTensor
 from .job import temporary, work_folder
@@ -30,6 +32,8 @@ from .recipes import LayerPlan
 def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, whole: Callable[[], None] = lambda: None) -> None:
     """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it."""
     kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
+    if overwrite and old.exists() and not output.exists():  # an earlier run was killed between its last two steps
+        os.replace(old, output)
     _delete(draft)
     draft.parent.mkdir(parents=True, exist_ok=True)
     if not kind.suffix:
@@ -41,11 +45,18 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
             _delete(draft)
             raise
     whole()
-    _delete(old)
-    if output.exists() and overwrite:
+    aside = overwrite and output.exists() and (output.is_dir() or draft.is_dir())  # a file replaces a file in one step
+    if aside:
+        _delete(old)
         os.replace(output, old)
-    os.replace(draft, output)
-    _delete(old)
+    try:
+        os.replace(draft, output)
+    except OSError:
+        if aside:
+            os.replace(old, output)
+        raise
+    if aside:
+        _delete(old)
 
 
 def _delete(path: Path) -> None:
@@ -90,6 +101,26 @@ def _stack(checkpoint: Checkpoint, names: list[str], transposed: bool) -> LazyTe
     one = lambda name: checkpoint.dense(name).T if transposed else checkpoint.dense(name)
     shape = first.shape[::-1] if transposed else first.shape
     return LazyTensor((len(names), *shape), first.dtype, lambda start, stop: torch.stack([one(name) for name in names[start:stop]]))
+
+
+def checked(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The checkpoint whose dense tensors of these names raise FormatError when NaN or infinity is read from them, and its ggml blocks when they stand for it."""
+
+    def read(name: str, lazy: LazyTensor, start: int, stop: int) -> Tensor:
+        rows = lazy.read(start, stop)
+        numerics.refuse_bad_values(rows, name)
+        return rows
+
+    def load(name: str, entry: LazyQuantized) -> QuantizedTensor:
+        qt = entry.load()
+        if qt.scheme.format in BLOCK_TYPES:  # other readers look at their scales
+            numerics.refuse_bad_values(numerics.dequantize(qt), name)
+        return qt
+
+    wanted = set(names)
+    tensors = {name: replace(lazy, read=partial(read, name, lazy)) if name in wanted and lazy.dtype.is_floating_point else lazy for name, lazy in checkpoint.tensors.items()}
+    quantized = {name: replace(entry, load=partial(load, name, entry)) if name in wanted else entry for name, entry in checkpoint.quantized.items()}
+    return replace(checkpoint, tensors=tensors, quantized=quantized)
 
 
 def _turned(checkpoint: Checkpoint, name: str) -> LazyTensor:

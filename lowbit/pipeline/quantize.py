@@ -145,7 +145,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def _key(setup: Setup, windows: Windows | None) -> dict:
     """What must be the same for a job to be resumed."""
-    weights = [p for p in (setup.checkpoint.path.iterdir() if setup.checkpoint.path.is_dir() else [setup.checkpoint.path]) if p.suffix in (".safetensors", ".gguf")]
+    weights = [p for p in (setup.checkpoint.path.iterdir() if setup.checkpoint.path.is_dir() else [setup.checkpoint.path]) if p.suffix in (".safetensors", ".gguf") and p.is_file()]
     return {
         "lowbit": __version__,
         "torch": torch.__version__,

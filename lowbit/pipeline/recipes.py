@@ -63,6 +63,7 @@ NATURAL = ("compressed-tensors", "bitsandbytes", "hqq", "aqlm", "bitnet")  # whe
 GUIDED = ("gptq", "ldlq", "aqlm")
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
+FILE_BYTES, LINE_LENGTH = 100_000, 10_000  # of a recipe file
 FILE_KEYS = ("scheme", "algorithm", "options", "transforms", "activations", "scale_dtype", "rules", "calibration", "true_sequential", "target")
 
 
@@ -186,13 +187,13 @@ def _word(word: str, text: str, put) -> None:
         put("format", (FORMAT_ALIASES[word], 0), word)
     elif word == "dq":
         put("nested", codebook.NESTED_BLOCK, word)
-    elif match := re.fullmatch(r"out([1-9][0-9]*)(?:b(8|16))?", word):
+    elif match := re.fullmatch(r"out([1-9][0-9]{0,8})(?:b(8|16))?", word):
         put("outliers", (int(match[1]), int(match[2] or 16)), word)
     elif _activation_word(word, put):
         pass
     elif word in ("sym", "asym"):
         put("symmetric", word == "sym", word)
-    elif match := re.fullmatch(r"g([1-9][0-9]*)", word):
+    elif match := re.fullmatch(r"g([1-9][0-9]{0,8})", word):
         put("group", (1, int(match[1])), word)
     elif word in ("channel", "tensor"):
         put("group", (1, -1) if word == "channel" else (-1, -1), word)
@@ -207,7 +208,7 @@ def _word(word: str, text: str, put) -> None:
     elif word == "gptaq":
         put("algorithm", "gptq", word)
         put("alpha", GPTAQ_ALPHA, word)
-    elif match := re.fullmatch(r"guided([1-9][0-9]*)?", word):
+    elif match := re.fullmatch(r"guided([1-9][0-9]{0,8})?", word):
         put("guided", True, word)
         if match[1]:
             put("guide_groups", int(match[1]), word)
@@ -279,11 +280,16 @@ def _scheme_of_all(found: dict[str, Any]) -> Scheme:
 
 def _toml(path: Path) -> Draft:
     """A recipe file: see docs/recipes.md. Unknown keys and wrong types are errors."""
+    if not path.is_file():
+        raise RecipeError(f"{path} {'is no file' if path.exists() else 'does not exist'}.")
+    if path.stat().st_size > FILE_BYTES:
+        raise RecipeError(f"{path} has {path.stat().st_size:,} bytes; a recipe has at most {FILE_BYTES:,}.")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if max(map(len, text.splitlines()), default=0) > LINE_LENGTH:  # a key of thousands of parts takes minutes
+            raise ValueError(f"a line is longer than {LINE_LENGTH:,} characters")
+        data = tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
     where = str(path)
     for key in data:

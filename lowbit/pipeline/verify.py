@@ -8,8 +8,10 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,10 +24,12 @@ from ..checkpoints.safetensors import natural_key, write_text
 from ..errors import LowbitError, VerificationError
 from ..models import quantized
 from ..models import skeleton as sk
+from ..numerics import ggml
 from ..progress import SILENT, Progress
 from . import consumer_process, llama_cpp, resources
+from .calibration import default_text
 from .consumers import Consumer, consumer_of
-from .locate import locate
+from .locate import load_tokenizer, locate
 
 FILE = "verification.json"
 PROMPT_IDS = 48
@@ -151,7 +155,7 @@ def _check_structure(checkpoint: Checkpoint, progress: Progress) -> int:
 def _with_process(skeleton: sk.Skeleton, path: Path, consumer: Consumer, python: str | None, found: _Findings, progress: Progress) -> None:
     checkpoint = skeleton.checkpoint
     places = {parameter.removesuffix(".weight"): name for parameter, name in quantized.matrices(skeleton).items()}
-    text_ids = _ids(skeleton)
+    text_ids = _ids(skeleton, found)
     request = {
         "code": consumer.lines(str(path.absolute()), "torch.float32"), "packages": list(consumer.packages), "weights": {place: checkpoint.quantized[name].shape[1] for place, name in places.items()}, "ids": text_ids, "columns": COLUMNS,
         "threads": torch.get_num_threads(),
@@ -232,10 +236,15 @@ def _compare(checkpoint: Checkpoint, name: str, theirs: Tensor, message: dict, f
         found.problems.append(f"{name}: {int((difference > allowed).sum())} of {ours.numel()} values differ by more than a unit of {message['dtype']}, at most by {float(difference.max()):.3g}.")
 
 
-def _ids(skeleton: sk.Skeleton) -> list[list[int]]:
-    """One sequence of tokens, the same for everybody."""
+def _ids(skeleton: sk.Skeleton, found: _Findings) -> list[list[int]]:
+    """One sequence of tokens, the same for everybody: the beginning of the bundled evaluation text where the model has a tokenizer."""
     vocabulary = skeleton.text_config.vocab_size
     length = min(PROMPT_IDS, getattr(skeleton.text_config, "max_position_embeddings", None) or PROMPT_IDS)
+    with suppress(LowbitError), tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
+        ids = load_tokenizer(skeleton.checkpoint, Path(scratch))(default_text("evaluation")[: 20 * length])["input_ids"][:length]
+        if len(ids) == length and max(ids) < vocabulary:
+            return [ids]
+    found.notes.append("The model has no tokenizer of its own vocabulary here: the prompt is of random tokens.")
     return torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).tolist()
 
 
@@ -276,7 +285,7 @@ def _with_llama_cpp(skeleton: sk.Skeleton, path: Path, found: _Findings, progres
     _compare_ggml_blocks(skeleton.checkpoint, path, found, progress)
     try:
         found.versions["xllamacpp"] = llama_cpp.version()
-        ids = _ids(skeleton)[0]
+        ids = _ids(skeleton, found)[0]
         theirs = llama_cpp.next_token_logprobs(path, ids, progress=progress)
     except LowbitError as error:
         found.problems.append(f"llama.cpp does not run it: {error}")
@@ -293,12 +302,14 @@ def _compare_ggml_blocks(checkpoint: Checkpoint, path: Path, found: _Findings, p
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    blocks = {name: entry for name, entry in checkpoint.quantized.items() if "blocks" in numerics.parts.shapes(entry.scheme, entry.shape)}
+    blocks = {name: entry for name, entry in checkpoint.quantized.items() if entry.scheme.format in ggml.BLOCK_TYPES}
     with progress.step("Decoding with gguf-py", len(blocks)) as advance:
         for name, entry in blocks.items():
-            qt = entry.load()
-            theirs = torch.from_numpy(dequantize(qt.parts["blocks"].numpy(), GGMLQuantizationType[entry.scheme.format.upper()]))
-            _compare(checkpoint, name, theirs, {"dtype": "float32", "how": "ggml"}, found)
+            try:
+                theirs = torch.from_numpy(dequantize(entry.load().parts["blocks"].numpy(), GGMLQuantizationType(ggml.BLOCK_TYPES[entry.scheme.format].type_id)))
+            except (NotImplementedError, ValueError):
+                found.notes.append(f"gguf-py {consumer_process.version('gguf')} cannot decode {entry.scheme.format}.")
+            else:
+                _compare(checkpoint, name, theirs, {"dtype": "float32", "how": "ggml"}, found)
             advance(1)
     found.versions["gguf"] = consumer_process.version("gguf")
-

@@ -515,12 +515,12 @@ def test_files_of_llama_quantize_are_read(wide, tmp_path, type_name, llama_quant
 
 def test_a_gguf_written_again_is_the_same_model(llama, tmp_path):
     first = gguf.read_header(llama[1])
-    checkpoint = replace(gguf.open_file(llama[1]), provenance={"recipe": "none", "lowbit": "test"})
+    checkpoint = replace(gguf.open_file(llama[1]), provenance={"recipe": {"name": "none"}, "lowbit": "test"})
     gguf.write(checkpoint, tmp_path / "again.gguf")
     again = gguf.read_header(tmp_path / "again.gguf")
     assert {k: v for k, v in again.raw.items() if k != gguf.PROVENANCE} == first.raw
     assert {n: i.rows.tobytes() for n, i in again.tensors.items()} == {n: i.rows.tobytes() for n, i in first.tensors.items()}
-    assert gguf.open_file(tmp_path / "again.gguf").provenance == {"recipe": "none", "lowbit": "test"}
+    assert gguf.open_file(tmp_path / "again.gguf").provenance == {"recipe": {"name": "none"}, "lowbit": "test"}
 
 
 def test_rope_factors_survive_a_second_writing(tmp_path):

@@ -53,7 +53,7 @@ def logits(stream):
 def test_every_architecture_goes_through(any_model, model_folder, text_file, tmp_path, logits):
     folder = model_folder(any_model)
     if any_model == "gpt2":
-        with pytest.raises(ModelError, match="Conv1D layers, which no program reads from compressed-tensors"):
+        with pytest.raises(ModelError, match="Conv1D layers .*, which no program reads from compressed-tensors"):
             run(folder, "int4-sym-g32-gptq", tmp_path / "out", text_file)
         return
     result = run(folder, "int4-sym-g32-gptq", tmp_path / "out", text_file)

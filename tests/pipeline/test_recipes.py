@@ -366,7 +366,7 @@ def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot be read as TOML"):
         recipes.parse(tmp_path / "x.toml")
-    with pytest.raises(RecipeError, match="cannot be read as TOML"):
+    with pytest.raises(RecipeError, match="is no file"):
         (tmp_path / "d.toml").mkdir()
         recipes.parse(tmp_path / "d.toml")
 
