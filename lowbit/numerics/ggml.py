@@ -15,7 +15,7 @@ A row is a sequence of blocks; fp16 and integers are little-endian. Bytes of eac
     q5_k  256  d, dmin, 12 bytes of scales and minima, 32 of high bits, 128          w = d ls code - dmin lm
     q6_k  256  128 bytes of low bits, 64 of high bits, 16 int8 scales, d             w = d ls (code - 32)
 
-Source: ggml/src/ggml-common.h and ggml-quants.c of llama.cpp; gguf-py's quants.py is the oracle of the tests.
+Source: ggml/src/ggml-common.h and ggml-quants.c of llama.cpp; gguf-py's quants.py and libggml are the oracles of the tests.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ _LEAST_IMPORTANCE = 1e-6
 
 
 def decode(blocks: Tensor, type_name: str) -> Tensor:
-    """The values of blocks, bit for bit those of gguf-py and of ggml.
+    """The values of blocks, bit for bit those of ggml.
 
     blocks: uint8 [rows, row_bytes]. Returns float32 [rows, columns].
     Raises FormatError for an unknown type, ShapeError when row_bytes is not a multiple of block_bytes.
