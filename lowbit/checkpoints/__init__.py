@@ -41,11 +41,11 @@ TARGETS: dict[str, Target] = {
         compressed_tensors.write, compressed_tensors.check, "int4-sym-g64-gptq", "vLLM; transformers with the compressed-tensors package"
     ),
     "gguf": Target(gguf.write, gguf.check, "int4-sym-g32-gptq", "llama.cpp, Ollama, LM Studio, transformers", suffix=".gguf", scale_dtype="float16"),
-    "gptq": Target(gptq.write("gptq"), gptq.check("gptq"), "int4-sym-g64-gptq", "transformers with optimum and gptqmodel; vLLM", scale_dtype="float16"),
+    "gptq": Target(gptq.write("gptq"), gptq.check("gptq"), "int4-sym-g64-gptq", "transformers with optimum and gptqmodel; vLLM (4 and 8 bits, symmetric)", scale_dtype="float16"),
     "awq": Target(gptq.write("awq"), gptq.check("awq"), "int4-asym-g64-awq-rtn", "transformers with gptqmodel; vLLM", scale_dtype="float16"),
     "auto-round": Target(gptq.write("auto-round"), gptq.check("auto-round"), "int4-sym-g64-gptq", "transformers with auto-round", scale_dtype="float16"),
     "bitsandbytes": Target(bitsandbytes.write, bitsandbytes.check, "nf4-g64-dq-rtn", "transformers with bitsandbytes, peft", scale_dtype="float32"),
-    "hqq": Target(hqq.write, hqq.check, "int4-asym-g64-hqq", "hqq, vLLM, transformers 4 (transformers 5.23 does not)"),
+    "hqq": Target(hqq.write, hqq.check, "int4-asym-g64-hqq", "hqq; transformers 4 with hqq"),
     "aqlm": Target(aqlm.write, aqlm.check, "aqlm-2x8", "transformers with aqlm"),
     "bitnet": Target(bitnet.write, bitnet.check, "bitnet", "transformers"),
     "torchao": Target(torchao.write, torchao.check, "int4-sym-g64-gptq", "transformers with torchao (codes of all widths take a byte)"),

@@ -1,4 +1,4 @@
-"""HQQ folders: integers with float zero-points, as hqq's save_to_safetensors, transformers 4 and vLLM have them.
+"""HQQ folders: integers with float zero-points, as hqq's save_to_safetensors and transformers 4 have them (transformers 5.23 and vLLM 0.33 do not read them).
 
 Of a linear X [N, K] there is no X.weight but the state of one HQQLinear. With groups of g, axis 1: the matrix as [N K / g, g], a scale for each row; axis 0: as [g, N K / g], one for each column.
 

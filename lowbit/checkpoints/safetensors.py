@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError
-from ..scheme import Rounding, Scheme
+from ..scheme import CASTS, Rounding, Scheme
 from .checkpoint import Checkpoint, LazyTensor
 
 PROVENANCE = "lowbit.json"
@@ -378,6 +378,21 @@ def one_scheme(checkpoint: Checkpoint, target: str) -> Scheme:
         names = ", ".join(sorted(scheme.name for scheme in schemes))
         raise RecipeError(f"{target} holds one scheme for all layers, and this has {len(schemes)}{f': {names}' if names else ''}. Use --to compressed-tensors or --to lowbit for mixtures.")
     return schemes.pop()
+
+
+def dense_linears(checkpoint: Checkpoint) -> list[str]:
+    """Modules with a matrix that stays dense, without embeddings; a head that is tied to the embedding has no tensor, yet is a linear."""
+    dense = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format in CASTS]
+    dense += [name for name, tensor in checkpoint.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
+    modules = {name.removesuffix(".weight") for name in dense}
+    if "lm_head.weight" not in checkpoint.quantized:
+        modules.add("lm_head")
+    return sorted((module for module in modules if not _is_embedding(module)), key=natural_key)
+
+
+def _is_embedding(module: str) -> bool:
+    leaf = module.rpartition(".")[2]
+    return "embed" in leaf or leaf in ("wte", "wpe")
 
 
 def natural_key(name: str) -> str:

@@ -96,7 +96,7 @@ def _section(checkpoint: Checkpoint) -> dict:
     else:
         dtype = next(str(dtype).removeprefix("torch.") for dtype, name in FP8.items() if name == first.format)
         kind = {"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": dtype}}}
-    return {"quant_method": KIND, "quant_type": {"default": kind}, "modules_to_not_convert": None, "include_input_output_embeddings": False, "untie_embedding_weights": False}
+    return {"quant_method": KIND, "quant_type": {"default": kind}, "modules_to_not_convert": safetensors.dense_linears(checkpoint), "include_input_output_embeddings": False, "untie_embedding_weights": False}
 
 
 # ------------------------------------------------------------------------------------------------------------------ reading

@@ -95,6 +95,12 @@ def pack_mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
     return torch.cat([exponents.reshape(-1, 1), packed], dim=1).view(len(codes), -1)
 
 
+def unpack_mxfp4(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of pack_mxfp4: codes uint8 [rows, columns] and exponents uint8 [rows, columns // 32]."""
+    flat = blocks.view(-1, 17)
+    return _unpack(flat[:, 1:], TABLES["ggml_mxfp4"]).view(len(blocks), -1), flat[:, 0].view(len(blocks), -1).clone()
+
+
 def take(values: tuple[float, ...], codes: Tensor) -> Tensor:
     """values[codes], float32."""
     return torch.tensor(values, device=codes.device)[codes.int()]

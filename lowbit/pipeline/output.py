@@ -25,12 +25,13 @@ from ..models.skeleton import Skeleton
 from ..numerics.ggml import BLOCK_TYPES
 from ..progress import Progress
 from ..tensor import QuantizedTensor
+from .card import write_card
 from .job import temporary, work_folder
 from .recipes import LayerPlan
 
 
-def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, whole: Callable[[], None] = lambda: None) -> None:
-    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it."""
+def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, base: str, whole: Callable[[], None] = lambda: None) -> None:
+    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it. base: the original's name, for the card beside the weights."""
     kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
     if overwrite and old.exists() and not output.exists():  # an earlier run was killed between its last two steps
         os.replace(old, output)
@@ -41,6 +42,8 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
             kind.write(checkpoint, draft, progress=advance)
+            if not kind.suffix:
+                write_card(draft, base=base, name=output.name)
         except BaseException:
             _delete(draft)
             raise
@@ -57,6 +60,8 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
         raise
     if aside:
         _delete(old)
+    if kind.suffix:
+        write_card(output, base=base)
 
 
 def _delete(path: Path) -> None:

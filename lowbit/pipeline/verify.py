@@ -26,7 +26,7 @@ from ..models import quantized
 from ..models import skeleton as sk
 from ..numerics import ggml
 from ..progress import SILENT, Progress
-from . import consumer_process, llama_cpp, resources
+from . import consumer_process, llama_cpp, resources, vllm_rules
 from .calibration import default_text
 from .consumers import Consumer, consumer_of
 from .locate import load_tokenizer, locate
@@ -46,7 +46,7 @@ class Verification:
     """What was found. verdict: "passed", "failed" or "not run" (the consumer is not installed, or the structure is broken).
 
     weights: matrices whose decoded values were compared; equal: how many of them bit for bit; largest_difference: of the others, of the matrix's largest magnitude. logits_difference: largest,
-    of the largest logit; kl: mean, in nats, where that is what counts. problems: everything that does not hold, in words.
+    of the largest logit; kl: mean, in nats, where that is what counts. problems: everything that does not hold, in words. rules: of programs that cannot run here, whether what their source asks for is kept.
     """
 
     path: str
@@ -64,6 +64,7 @@ class Verification:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     lines: str = ""
+    rules: dict[str, str] = field(default_factory=dict)
     lowbit: str = __version__
 
 
@@ -106,7 +107,7 @@ def verify(path: str | Path, *, python: str | None = None, write: bool = True, p
     verdict = FAILED if found.problems else NOT_RUN if found.failed_to_run else PASSED
     made = Verification(
         located.name, checkpoint.kind, consumer.name, found.versions, verdict, tensors, found.weights, found.equal, found.largest, found.difference, found.kl, found.dtype,
-        tuple(found.problems), tuple(dict.fromkeys([*found.notes, *([consumer.note] if consumer.note else [])])), consumer.lines(located.name),
+        tuple(found.problems), tuple(dict.fromkeys([*found.notes, *([consumer.note] if consumer.note else [])])), consumer.lines(located.name), vllm_rules.verdicts(checkpoint),
     )  # fmt: skip
     if write:
         target = located / FILE if located.is_dir() else located.with_name(f"{located.name}.{FILE}")
@@ -114,11 +115,20 @@ def verify(path: str | Path, *, python: str | None = None, write: bool = True, p
     return made
 
 
-def available(python: str | None = None) -> dict[str, list[str]]:
-    """Every consumer, and which of its packages are missing here."""
+@dataclass(frozen=True)
+class Availability:
+    """A layout, the program that checks it, and which of its packages are missing here."""
+
+    kind: str
+    consumer: str
+    missing: tuple[str, ...]
+
+
+def available(python: str | None = None) -> list[Availability]:
+    """Every consumer, and what pip install would add."""
     kinds = ("safetensors", "compressed-tensors", "gptq", "awq", "auto-round", "bitsandbytes", "hqq", "aqlm", "bitnet", "torchao", "lowbit", "gguf")
-    empty = lambda kind: Checkpoint(kind, Path(), {}, {})
-    return {kind: _missing(consumer_of(empty(kind)), python) for kind in kinds}
+    consumers = {kind: consumer_of(Checkpoint(kind, Path(), {}, {})) for kind in kinds}
+    return [Availability(kind, consumer.name, tuple(_missing(consumer, python))) for kind, consumer in consumers.items()]
 
 
 def _missing(consumer: Consumer, python: str | None) -> list[str]:

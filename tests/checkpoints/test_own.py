@@ -107,7 +107,7 @@ def test_conv1d_and_casts(save_model, tmp_path):
     """GPT-2's transposed layers; a model in bfloat16 keeps float32 scales."""
     source = save_model("gpt2", tmp_path / "model")
     lowbit.quantize(source, "mxfp6-rtn", tmp_path / "out", target_name="lowbit")
-    decoded = convert(tmp_path / "out", "safetensors", tmp_path / "dense")
+    decoded = convert(tmp_path / "out", "safetensors", tmp_path / "dense").path
     ids = torch.arange(30).view(1, 30)
     with torch.no_grad():
         expected = transformers.AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32)(ids).logits

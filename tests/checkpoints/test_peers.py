@@ -76,8 +76,8 @@ def test_published_models_are_quantized(peer_folder, peer_ids, tmp_path, stream,
 def test_stacked_experts_come_back_as_they_were(peer_folder, tmp_path):
     """A dense gpt-oss has all experts in one tensor; what lowbit writes dense has them so, too."""
     folder, decoded, _ = peer_folder("mxfp4", "gpt-oss")
-    first = convert(folder, "safetensors", tmp_path / "first")
-    again = convert(first, "safetensors", tmp_path / "again")
+    first = convert(folder, "safetensors", tmp_path / "first").path
+    again = convert(first, "safetensors", tmp_path / "again").path
     tensors = load_file(again / "model.safetensors")
     for key, value in decoded.items():
         assert torch.equal(tensors[key].float(), value)
