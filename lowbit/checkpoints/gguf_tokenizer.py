@@ -217,6 +217,7 @@ def _rebuild(path: Path, values: Mapping):
         tokenizer.backend_tokenizer.model.ignore_merges = split.get("ignore_merges", False)
     if kind == "gpt2":
         _restore_added(tokenizer, values)
+        _drop_invented(tokenizer, len(values["tokenizer.ggml.tokens"]))
     if kind == "llama":
         # llama.cpp puts a space before every text that wants one; transformers' Metaspace leaves out those that begin with a space.
         prepend = [normalizers.Prepend(_SPACE)] if values.get("tokenizer.ggml.add_space_prefix", True) else []
@@ -241,6 +242,21 @@ def _restore_added(tokenizer, values: Mapping) -> None:
     added = data["added_tokens"] + [{"id": i, "content": token, **plain, "special": kinds[types[i]]} for i, token in lost.items()]
     data["added_tokens"] = sorted(added, key=lambda entry: entry["id"])
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+
+
+def _drop_invented(tokenizer, count: int) -> None:
+    """Take out special tokens that transformers gives to every tokenizer of a class (<|endoftext|>) and that the file, of count tokens, has not."""
+    from tokenizers import Tokenizer
+
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    invented = {entry["content"] for entry in data["added_tokens"] if entry["id"] >= count}
+    if not invented:
+        return
+    data["added_tokens"] = [entry for entry in data["added_tokens"] if entry["id"] < count]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if str(getattr(tokenizer, name)) in invented:
+            tokenizer._special_tokens_map[name] = None
 
 
 def _build(steps: list[str]):

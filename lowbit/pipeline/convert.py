@@ -185,7 +185,10 @@ def _integers(name: str, qt: QuantizedTensor, scheme: Scheme) -> QuantizedTensor
 
 def _requantized(checkpoint: Checkpoint, words: str, target_name: str) -> Checkpoint:
     """The checkpoint with every quantized matrix decoded and rounded to a recipe's scheme."""
-    draft = recipes.parse(words if "rtn" in words or words.endswith(".toml") else f"{words}-rtn", target_name=target_name)
+    try:
+        draft = recipes.parse(f"{words}-rtn", target_name=target_name)
+    except RecipeError:  # it names an algorithm, or is wrong
+        draft = recipes.parse(words, target_name=target_name)
     shapes = {name: entry.shape for name, entry in checkpoint.quantized.items()}
     dtypes = {str(entry.dtype).removeprefix("torch.") for entry in checkpoint.quantized.values()}
     recipe, _ = recipes.settle(draft, shapes, dtypes.pop() if len(dtypes) == 1 else "float32")
