@@ -43,7 +43,7 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
         try:
             kind.write(checkpoint, draft, progress=advance)
             if not kind.suffix:
-                write_card(draft, base=base, name=output.name)
+                write_card(draft, base=base)
         except BaseException:
             _delete(draft)
             raise
