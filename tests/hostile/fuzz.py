@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import struct
 import sys
 import tempfile
@@ -67,42 +68,63 @@ def fuzz_gguf(folder: Path) -> tuple[Run, Iterable[bytes]]:
 
 
 def fuzz_safetensors(folder: Path) -> tuple[Run, Iterable[bytes]]:
-    """The header; its length is right where the first byte is even, else it is what the bytes say."""
+    """A header with up to eight things wrong, or as it comes; behind it as many bytes as the sound one has."""
     files.sound(folder)
     sound = files.sound_files()["model.safetensors"]
-    header = sound[8 : 8 + struct.unpack_from("<Q", sound)[0]]
+    size = struct.unpack_from("<Q", sound)[0]
+    text = text_of(json.loads(sound[8 : 8 + size]), most=8)
 
     def run(data: bytes) -> None:
-        text = data[1:]
-        (folder / "model.safetensors").write_bytes((struct.pack("<Q", len(text)) + text if data[:1] < b"\x80" else text) + bytes(200_000))
+        header = text(data)
+        (folder / "model.safetensors").write_bytes((header if data[:1] == b"\xff" else struct.pack("<Q", len(header)) + header) + sound[8 + size :])
         use(folder, build=True)
 
-    small = json.dumps({**files.tensor([100_000], 0, 200_000, "F16"), "__metadata__": {"format": "pt"}}).encode()
-    return run, [b"\0" + header.rstrip(), b"\0" + small, b"\xff" + sound[:200]]
+    return run, [b"\0" + sound[8 : 8 + size], b"\xff" + sound[:200], *noise()]
 
 
-def fuzz_text(folder: Path, name: str, seeds: list[dict], *, build: bool = False) -> tuple[Run, Iterable[bytes]]:
+def noise() -> list[bytes]:
+    """Seeds for targets that take their decisions from the bytes: long enough for all of them."""
+    return [b"\x60" + random.Random(i).randbytes(200) for i in range(50)]
+
+
+def text_of(sound: dict, most: int = 4) -> Callable[[bytes], bytes]:
+    """Input to a JSON text: as it comes where the first byte is small, else the sound data with some things wrong."""
+
+    def make(data: bytes) -> bytes:
+        if data[:1] < b"\x40" or data[:1] == b"\xff":
+            return data[1:]
+        provider, made = atheris.FuzzedDataProvider(data[1:]), json.loads(json.dumps(sound))
+        for _ in range(provider.ConsumeIntInRange(1, most)):
+            damage_setting(made, provider)
+        return json.dumps(made).encode("utf-8", "surrogatepass")
+
+    return make
+
+
+def fuzz_text(folder: Path, name: str, sound: dict, *, build: bool = False) -> tuple[Run, Iterable[bytes]]:
     """A JSON file of a sound folder."""
     files.sound(folder)
+    text = text_of(sound)
 
     def run(data: bytes) -> None:
-        (folder / name).write_bytes(data)
+        (folder / name).write_bytes(text(data))
         use(folder, build=build)
 
-    return run, [json.dumps(seed).encode() for seed in seeds]
+    return run, [b"\0" + json.dumps(sound).encode(), *noise()]
 
 
 def fuzz_provenance(folder: Path) -> tuple[Run, Iterable[bytes]]:
     """lowbit.json, and the report of it (which may refuse it in any of its own words: model_section makes one error of them)."""
     files.sound(folder)
+    text = text_of(files.PROVENANCE)
 
     def run(data: bytes) -> None:
-        (folder / "lowbit.json").write_bytes(data)
+        (folder / "lowbit.json").write_bytes(text(data))
         row = Row("x", folder, Size(1, 1, 1, 1.0, 1.0), {}, open_checkpoint(folder).provenance)
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             _model_section(row, is_open=True)
 
-    return run, [json.dumps(files.PROVENANCE).encode()]
+    return run, [b"\0" + json.dumps(files.PROVENANCE).encode(), *noise()]
 
 
 def fuzz_recipe(folder: Path) -> tuple[Run, Iterable[bytes]]:
@@ -117,22 +139,23 @@ def fuzz_recipe(folder: Path) -> tuple[Run, Iterable[bytes]]:
 
 
 def fuzz_tokenizer(folder: Path) -> tuple[Run, Iterable[bytes]]:
-    """tokenizer.json without its vocabulary, which is put back; the first byte says whether it stays out."""
+    """tokenizer.json without its vocabulary, which is put back."""
     files.sound(folder)
     sound = layouts.tokenizer()
     vocabulary = sound["model"].pop("vocab")
+    text = text_of(sound)
 
     def run(data: bytes) -> None:
-        text = data[1:].decode(errors="replace")
+        content = text(data).decode(errors="replace")
         with contextlib.suppress(ValueError, RecursionError):
-            made = json.loads(text)
-            if data[:1] < b"\x80" and isinstance(made, dict) and isinstance(made.get("model"), dict):
-                text = json.dumps({**made, "model": {"vocab": vocabulary, **made["model"]}})
-        (folder / "tokenizer.json").write_text(text, encoding="utf-8", errors="replace")
+            made = json.loads(content)
+            if isinstance(made, dict) and isinstance(made.get("model"), dict):
+                content = json.dumps({**made, "model": {"vocab": vocabulary, **made["model"]}})
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8", errors="replace")
         checkpoint = open_checkpoint(folder)
         gguf_tokenizer.metadata(checkpoint.files, checkpoint.config, layouts.ROWS, where=folder)
 
-    return run, [b"\0" + json.dumps(sound).encode()]
+    return run, [b"\0" + json.dumps(sound).encode(), *noise()]
 
 
 VALUES = (
@@ -158,7 +181,7 @@ def fuzz_layouts(folder: Path, only: str | None = None) -> tuple[Run, Iterable[b
                 damage_setting(config, provider)
         use(damaged.write(tensors, config))
 
-    return run, [bytes([i, 1, 2, 3]) * 8 for i in range(0, 256, 7)]
+    return run, noise()
 
 
 def damage_tensor(tensors: dict, provider) -> None:
@@ -182,17 +205,19 @@ def damage_tensor(tensors: dict, provider) -> None:
     tensors[name] = tensor
 
 
-def damage_setting(config: dict, provider) -> None:
-    place = config["quantization_config"] if isinstance(config.get("quantization_config"), dict) and provider.ConsumeBool() else config
+def damage_setting(data: dict, provider) -> None:
+    """Remove or replace one value somewhere in JSON data; of a config mostly in its quantization_config."""
+    place = data["quantization_config"] if isinstance(data.get("quantization_config"), dict) and provider.ConsumeBool() else data
     while place:
         key = provider.PickValueInList(sorted(place) if isinstance(place, dict) else list(range(len(place))))
         if isinstance(place[key], dict | list) and place[key] and provider.ConsumeProbability() < 0.8:
             place = place[key]
             continue
-        if provider.ConsumeBool():
-            place[key] = provider.PickValueInList(list(VALUES)) if provider.ConsumeBool() else provider.ConsumeUnicode(12)
-        else:
+        action = provider.ConsumeIntInRange(0, 7)
+        if action == 0:
             del place[key]
+        else:
+            place[key] = provider.PickValueInList(list(VALUES)) if action < 6 else provider.ConsumeUnicode(12) if action == 6 else provider.ConsumeInt(8)
         return
 
 
@@ -204,8 +229,8 @@ def fuzz_numbers(folder: Path) -> tuple[Run, Iterable[bytes]]:
 TARGETS: dict[str, Callable[[Path], tuple[Run, Iterable[bytes]]]] = {
     "gguf": fuzz_gguf,
     "safetensors": fuzz_safetensors,
-    "config": lambda folder: fuzz_text(folder, "config.json", [layouts.CONFIG, {**layouts.CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}}], build=True),
-    "index": lambda folder: fuzz_text(folder, "model.safetensors.index.json", [{"metadata": {}, "weight_map": dict.fromkeys(layouts.weights(), "model.safetensors")}]),
+    "config": lambda folder: fuzz_text(folder, "config.json", layouts.CONFIG, build=True),
+    "index": lambda folder: fuzz_text(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": dict.fromkeys(layouts.weights(), "model.safetensors")}),
     "provenance": fuzz_provenance,
     "recipe": fuzz_recipe,
     "tokenizer": fuzz_tokenizer,
@@ -236,7 +261,7 @@ def main(words: list[str]) -> None:
         once(seed)
         (corpus / f"seed-{number}").write_bytes(seed)
     seconds = int(words[1]) if len(words) > 1 else SECONDS
-    options = [f"-max_total_time={seconds}", f"-rss_limit_mb={MEMORY_MB}", f"-timeout={HANG_SECONDS}", "-max_len=20000", "-len_control=0", "-print_final_stats=1"]
+    options = [f"-max_total_time={seconds}", f"-rss_limit_mb={MEMORY_MB}", f"-timeout={HANG_SECONDS}", "-max_len=20000", "-len_control=0", "-reduce_inputs=0", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], once)
     atheris.Fuzz()
 

@@ -3,6 +3,7 @@
 import itertools
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lowbit.cli.main import main
 from lowbit.errors import LowbitError
 from lowbit.pipeline.evaluate import evaluate
 from lowbit.pipeline.inspect import inspect, tensor_histogram
+from lowbit.pipeline.plan import plan
 from lowbit.pipeline.quantize import quantize
 
 CASES = [*((f"folder: {case.name}", case) for case in files.FOLDERS), *((f"gguf: {case.name}", case) for case in files.GGUFS)]
@@ -94,6 +96,15 @@ def test_evaluate(case, make, bounded, tmp_path, text_file):
     with bounded(), pytest.raises(LowbitError) as caught:
         evaluate(path, text=text_file, ctx=16, n_windows=1)
     check(str(caught.value), case)
+    assert listing(tmp_path) == before
+
+
+@table(LATE)
+def test_plan(case, make, bounded, tmp_path):
+    """A plan reads config.json alone and knows nothing of weights: it is made, or refused in our words."""
+    path, before = make(case)
+    with bounded(), suppress(LowbitError):
+        assert plan(path / "config.json" if path.is_dir() else path, recipes=["q4_0"]).rows
     assert listing(tmp_path) == before
 
 
