@@ -4,6 +4,7 @@
     result = lowbit.quantize("path/to/model", "int4-sym-g64-gptq", "out")
     table = lowbit.compare(["out"], against="path/to/model")
     checkpoint = lowbit.open("out")              # lazy: names, shapes, weights one by one
+    model = lowbit.load("out")                   # a transformers model to run, quantized matrices kept packed
 
 Imports are lazy, so `import lowbit` and `lowbit --help` do not wait for torch.
 """
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .pipeline.convert import convert
     from .pipeline.evaluate import compare, evaluate
+    from .pipeline.load import load
     from .pipeline.plan import plan
     from .pipeline.quantize import quantize
 
@@ -27,16 +29,17 @@ _PUBLIC = {
     "evaluate": "pipeline.evaluate",
     "compare": "pipeline.evaluate",
     "plan": "pipeline.plan",
+    "load": "pipeline.load",
     "Scheme": "scheme",
     "Recipe": "recipe",
     "LowbitError": "errors",
 }
 
-__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "open", "plan", "quantize"]
+__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "load", "open", "plan", "quantize"]
 
 
 def open(path):
-    """Open a checkpoint lazily: a Hugging Face folder (dense or compressed-tensors), a hub id or a GGUF file. Returns a Checkpoint."""
+    """Open a checkpoint lazily: a Hugging Face folder (dense, or quantized in any layout that lowbit reads), a hub id or a GGUF file. Returns a Checkpoint."""
     from .checkpoints import open_checkpoint
     from .pipeline.locate import locate
 

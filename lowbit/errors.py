@@ -36,6 +36,10 @@ class ResourceError(LowbitError):
     """Not enough memory or disk for the work; raised before the work begins."""
 
 
+class VerificationError(LowbitError):
+    """A consumer that cannot be asked: its interpreter or its program does not run."""
+
+
 class JobError(LowbitError):
     """An unfinished or different job is in the way of this one."""
 

@@ -41,6 +41,7 @@ class Recipe:
     """The first rule that matches a weight wins; other linear layers of the blocks take scheme, everything else is kept.
 
     options: of the algorithm, by its option names. transforms: their options by name, in the order in which they are applied.
+    mixture: one of llama-quantize's (checkpoints/gguf_mixtures.py), which then chooses each weight's type in place of scheme; GGUF only.
     true_sequential: quantize what feeds on what in turn (about five passes per block).
     """
 
@@ -49,6 +50,7 @@ class Recipe:
     algorithm: str = "gptq"
     options: dict = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
+    mixture: str | None = None
     transforms: dict[str, dict] = field(default_factory=dict)
     calibration: Calibration = Calibration()
     true_sequential: bool = False

@@ -57,21 +57,17 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
     """Write a checkpoint as a bitsandbytes folder; folder must exist and be empty. Raises as check does, before any work."""
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
-    schemes = {entry.scheme for entry in checkpoint.quantized.values()}
-    if len(schemes) != 1:
-        names = ", ".join(sorted(scheme.name for scheme in schemes))
-        raise RecipeError(f"bitsandbytes holds one scheme for all layers, and this has {len(schemes)}: {names}. Use --to compressed-tensors for mixtures.")
-    scheme = schemes.pop()
+    scheme = safetensors.one_scheme(checkpoint, KIND)
     encode = _encode8 if scheme.format == INT else _encode4
-    safetensors.write_packed(checkpoint, folder, lambda name: encode(checkpoint.quantized[name].load(), name.removesuffix(".weight")), _section(scheme), entries=6, progress=progress)
+    safetensors.write_packed(checkpoint, folder, lambda name: encode(checkpoint.quantized[name].load(), name.removesuffix(".weight")), _section(scheme, safetensors.dense_linears(checkpoint)), entries=6, progress=progress)
 
 
-def _section(scheme: Scheme) -> dict:
+def _section(scheme: Scheme, dense: list[str]) -> dict:
     four = scheme.format != INT
     return {
         "quant_method": KIND, "load_in_4bit": four, "load_in_8bit": not four, "_load_in_4bit": four, "_load_in_8bit": not four, "bnb_4bit_quant_type": scheme.format if four else "fp4",
         "bnb_4bit_use_double_quant": scheme.nested is not None, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8", "llm_int8_threshold": THRESHOLD,
-        "llm_int8_skip_modules": None, "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_skip_modules": dense, "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False,
     }  # fmt: skip
 
 

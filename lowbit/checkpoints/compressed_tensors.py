@@ -118,7 +118,8 @@ def quantization_config(checkpoint: Checkpoint) -> dict | None:
     schemes = {name.removesuffix(".weight"): _arguments(checkpoint.quantized[name].scheme) for name in sorted(packed, key=safetensors.natural_key)}
     distinct = {json.dumps(args): args for args in schemes.values()}
     if len(distinct) == 1:
-        groups = [_group(["Linear"], *distinct.values())]
+        head = ["lm_head"] if "lm_head.weight" in packed else []  # in vLLM the head is no Linear
+        groups = [_group(["Linear", *head], *distinct.values())]
     else:
         members: dict[tuple[bool, str], list[str]] = {}
         for module, args in schemes.items():
@@ -130,7 +131,7 @@ def quantization_config(checkpoint: Checkpoint) -> dict | None:
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": _dense_linears(checkpoint),
+        "ignore": safetensors.dense_linears(checkpoint),
         "kv_cache_scheme": None,
         "quant_method": KIND,
         "quantization_status": "compressed",
@@ -157,21 +158,6 @@ def _expert_targets(modules: list[str], schemes: Mapping[str, dict]) -> list[str
         shared.setdefault(pattern, set()).add(json.dumps(schemes[module]))
     targets = (pattern_of[m].replace(".", r"\.") if len(shared[pattern_of[m]]) == 1 else re.escape(m) for m in modules)
     return [f"re:{target}$" for target in dict.fromkeys(targets)]
-
-
-def _dense_linears(checkpoint: Checkpoint) -> list[str]:
-    """Modules with a matrix that stays dense, without embeddings; a head that is tied to the embedding has no tensor, yet is a linear."""
-    dense = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format in CASTS]
-    dense += [name for name, tensor in checkpoint.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
-    modules = {name.removesuffix(".weight") for name in dense}
-    if "lm_head.weight" not in checkpoint.quantized:
-        modules.add("lm_head")
-    return sorted((module for module in modules if not _is_embedding(module)), key=safetensors.natural_key)
-
-
-def _is_embedding(module: str) -> bool:
-    leaf = module.rpartition(".")[2]
-    return "embed" in leaf or leaf in ("wte", "wpe")
 
 
 def open_folder(path: Path) -> Checkpoint:

@@ -195,6 +195,28 @@ ARCHS: dict[str, Arch] = {
             tied=True,
         ),
         Arch(
+            "olmo2",
+            "olmo2",
+            "Olmo2ForCausalLM",
+            {
+                **{theirs: ours for theirs, ours in _DECODER.items() if "norm" not in ours},
+                **_QK_NORM,
+                **_MLP,
+                "post_attention_layernorm": "post_attention_norm",
+                "post_feedforward_layernorm": "post_ffw_norm",
+            },
+            fixed={"hidden_act": ("silu",), "attention_bias": (False,), "tie_word_embeddings": (False,)},
+        ),
+        Arch(
+            "smollm3",
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            {**_DECODER, **_MLP},
+            fixed={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,)},
+            permuted=("attn_q", "attn_k"),
+            tied=True,
+        ),
+        Arch(
             "phi3",
             "phi3",
             "Phi3ForCausalLM",
@@ -258,7 +280,7 @@ def find(config: dict) -> Arch:
     arch = None if not isinstance(model_type, str) else ARCHS.get(_ALIASES.get(model_type, model_type))
     if arch is None:
         known = ", ".join(sorted({*ARCHS, *_ALIASES}))
-        raise CheckpointError(f"model type {model_type!r} cannot be written as GGUF by this version; it knows {known}. Use the target compressed-tensors or safetensors.")
+        raise CheckpointError(f"model type {model_type!r} cannot be written as GGUF: llama.cpp's names for its tensors and settings are not in this version, which knows {known}. Use the target compressed-tensors or safetensors, or add it (docs/adding.md).")
     return arch
 
 
@@ -350,6 +372,8 @@ def _refuse(arch: Arch, config: dict) -> None:
     for key, allowed in arch.fixed.items():
         if config.get(key, allowed[0]) not in allowed:
             raise CheckpointError(f"the config says {key} = {config[key]!r}; llama.cpp computes {arch.name} with {allowed[0]!r} and has no setting for it.")
+    if arch.name == "smollm3" and [bool(rope) for rope in config["no_rope_layers"]] != [bool((i + 1) % _NO_ROPE_EVERY) for i in range(config["num_hidden_layers"])]:
+        raise CheckpointError(f"llama.cpp computes smollm3 without rope in layers {_NO_ROPE_EVERY}, {2 * _NO_ROPE_EVERY}, ...; the config's no_rope_layers are others.")
     if arch.name not in _GEMMAS:
         return
     period = _GEMMAS[arch.name][0]
@@ -358,6 +382,9 @@ def _refuse(arch: Arch, config: dict) -> None:
     if config["query_pre_attn_scalar"] != _attention_scalar(arch, config):
         raise CheckpointError(f"the config says query_pre_attn_scalar = {config['query_pre_attn_scalar']}; llama.cpp computes {arch.name} with {_attention_scalar(arch, config)}.")
 
+
+# Every how many layers of SmolLM3 positions are left out.
+_NO_ROPE_EVERY = 4
 
 # Every how many layers attention is global, and the layers of the 27B model, by which llama.cpp knows it.
 _GEMMAS = {"gemma2": (2, 46), "gemma3": (6, 62)}
@@ -378,7 +405,7 @@ def _rope_metadata(arch: Arch, config: dict) -> dict[str, Value]:
     values: dict[str, Value] = {"rope.freq_base": ("f32", rope["rope_theta"])}
     if local:
         values["rope.freq_base_swa"] = ("f32", local["rope_theta"])
-    if arch.name == "llama":
+    if arch.name in ("llama", "smollm3"):
         values["rope.dimension_count"] = ("u32", _head_dim(config))
     if arch.name == "phi3":
         values["rope.dimension_count"] = ("u32", int(rope.get("partial_rotary_factor", 1.0) * config["hidden_size"]) // config["num_attention_heads"])
@@ -460,6 +487,10 @@ def config_from(arch: Arch, values: Mapping[str, object], names: Iterable[str], 
         config["query_pre_attn_scalar"] = _attention_scalar(arch, config)
     if arch.name == "gemma3":
         config["rope_local_base_freq"] = shortest(values.get("gemma3.rope.freq_base_swa", 10000.0))
+    if arch.name == "olmo2" and values.get("olmo2.attention.sliding_window"):
+        raise CheckpointError("the metadata has olmo2.attention.sliding_window: it is an OLMo 3, which this version does not read.")
+    if arch.name == "smollm3":
+        config["no_rope_layer_interval"] = _NO_ROPE_EVERY
     if arch.name == "phi3":
         config["sliding_window"] = values.get("phi3.attention.sliding_window") or None
     return config

@@ -21,15 +21,32 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import CheckpointError
+from ..numerics.ggml import BLOCK_TYPES
 
 _MAGIC = b"GGUF"
 HEADER_BYTES, STRINGS = 1 << 27, 1 << 22  # of a header and of an array in it; 260,000 tokens with 510,000 merges take 16 MB
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _TYPE_IDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
+
+
+@dataclass(frozen=True)
+class StoredType:
+    """A tensor type of ggml: its name, the elements of a block, and its bytes."""
+
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+# By ggml's number.
+STORED_TYPES: dict[int, StoredType] = {
+    0: StoredType("f32", 1, 4), 1: StoredType("f16", 1, 2), 30: StoredType("bf16", 1, 2), 28: StoredType("f64", 1, 8),
+    24: StoredType("i8", 1, 1), 25: StoredType("i16", 1, 2), 26: StoredType("i32", 1, 4), 27: StoredType("i64", 1, 8),
+    **{kind.type_id: StoredType(kind.name, kind.block_size, kind.block_bytes) for kind in BLOCK_TYPES.values()},
+}  # fmt: skip
 
 
 class Stored(Protocol):
@@ -236,12 +253,11 @@ def _place(path: Path, data: np.ndarray, infos: list, *, start: int, alignment: 
         where = f"{path}: tensor {name!r}"
         if name in tensors:
             raise CheckpointError(f"{where} is there twice.")
-        try:
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
-        except (ValueError, KeyError):
-            raise CheckpointError(f"{where} is of ggml type {type_id}, which this version does not know.") from None
+        if type_id not in STORED_TYPES:
+            raise CheckpointError(f"{where} is of ggml type {type_id}, which this version does not know.")
+        block, block_bytes = STORED_TYPES[type_id].block_size, STORED_TYPES[type_id].block_bytes
         if min(shape) < 1 or shape[-1] % block:
-            raise CheckpointError(f"{where} is {list(shape)}; type {GGMLQuantizationType(type_id).name} needs rows of a multiple of {block}.")
+            raise CheckpointError(f"{where} is {list(shape)}; type {STORED_TYPES[type_id].name} needs rows of a multiple of {block}.")
         if offset % alignment:
             raise CheckpointError(f"{where} begins at offset {offset}, which is not a multiple of {alignment}. The file is damaged.")
         row_bytes = shape[-1] // block * block_bytes

@@ -152,13 +152,18 @@ def _sentence_piece(data: dict, tokens: list[str], types: list[int], where: Path
 
 
 def _scores(data: dict, tokens: list[str], types: list[int]) -> list[float]:
-    """A score for each token such that joining the best first is joining in the order of tokenizer.json's merges."""
+    """A score for each token such that joining the best first is joining in the order of tokenizer.json's merges: those that SentencePiece gave them.
+
+    It counts joined pieces downwards from 0 in the order in which they were found, then single characters.
+    """
     rank: dict[str, int] = {}
-    for i, merge in enumerate(data["model"]["merges"]):
-        rank.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), i)
+    for merge in data["model"]["merges"]:
+        rank.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), len(rank))
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == NORMAL:
+            rank.setdefault(token, len(rank))
     fixed = {BYTE: 0.0, UNKNOWN: 0.0, UNUSED: _SCORE_UNUSED, CONTROL: _SCORE_ADDED, USER_DEFINED: _SCORE_ADDED}
-    last = -float(len(rank))
-    return [fixed[kind] if kind in fixed else -float(rank[token]) if token in rank else last for token, kind in zip(tokens, types, strict=True)]
+    return [fixed[kind] if kind in fixed else -float(rank[token]) for token, kind in zip(tokens, types, strict=True)]
 
 
 def _special(tokenizer, settings: dict, config: dict) -> dict[str, Value]:
@@ -212,6 +217,7 @@ def _rebuild(path: Path, values: Mapping):
         tokenizer.backend_tokenizer.model.ignore_merges = split.get("ignore_merges", False)
     if kind == "gpt2":
         _restore_added(tokenizer, values)
+        _drop_invented(tokenizer, len(values["tokenizer.ggml.tokens"]))
     if kind == "llama":
         # llama.cpp puts a space before every text that wants one; transformers' Metaspace leaves out those that begin with a space.
         prepend = [normalizers.Prepend(_SPACE)] if values.get("tokenizer.ggml.add_space_prefix", True) else []
@@ -236,6 +242,21 @@ def _restore_added(tokenizer, values: Mapping) -> None:
     added = data["added_tokens"] + [{"id": i, "content": token, **plain, "special": kinds[types[i]]} for i, token in lost.items()]
     data["added_tokens"] = sorted(added, key=lambda entry: entry["id"])
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+
+
+def _drop_invented(tokenizer, count: int) -> None:
+    """Take out special tokens that transformers gives to every tokenizer of a class (<|endoftext|>) and that the file, of count tokens, has not."""
+    from tokenizers import Tokenizer
+
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    invented = {entry["content"] for entry in data["added_tokens"] if entry["id"] >= count}
+    if not invented:
+        return
+    data["added_tokens"] = [entry for entry in data["added_tokens"] if entry["id"] < count]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if str(getattr(tokenizer, name)) in invented:
+            tokenizer._special_tokens_map[name] = None
 
 
 def _build(steps: list[str]):

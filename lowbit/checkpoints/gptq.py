@@ -120,12 +120,11 @@ def write(kind: str) -> Callable[..., None]:
     def run(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
         for name, entry in checkpoint.quantized.items():
             check(kind)(entry.scheme, entry.shape, name)
-        schemes = {entry.scheme for entry in checkpoint.quantized.values()}
-        if len(schemes) != 1:
-            raise RecipeError(f"{kind} holds one scheme for all layers, and this has {len(schemes)}: {', '.join(sorted(scheme.name for scheme in schemes))}. Use --to compressed-tensors for mixtures.")
-        scheme = schemes.pop()
-        layout = AWQ if kind == "awq" else V1 if scheme.symmetric else V2
+        scheme = safetensors.one_scheme(checkpoint, kind)
+        as_awq = kind == "awq" or (kind == "auto-round" and scheme.bits == 4 and not scheme.symmetric)  # AutoRound itself packs those so
+        layout = AWQ if as_awq else V1 if scheme.symmetric else V2
         names = ("qweight", "qzeros", "scales") if kind != "gptq" else PARTS
+        section = _section(kind, scheme, layout, safetensors.dense_linears(checkpoint))
 
         def stored(name: str) -> dict[str, Tensor | LazyTensor]:
             qt = checkpoint.quantized[name].load()
@@ -134,21 +133,23 @@ def write(kind: str) -> Callable[..., None]:
             parts = encode(qt, layout)
             return {f"{name.removesuffix('weight')}{part}": parts[part] for part in names}
 
-        safetensors.write_packed(checkpoint, folder, stored, _section(kind, scheme, layout), entries=len(names), progress=progress)
+        safetensors.write_packed(checkpoint, folder, stored, section, entries=len(names), progress=progress)
         if kind == "gptq":  # GPTQModel's own copy of the section
-            safetensors.write_text(folder / "quantize_config.json", json.dumps(_section(kind, scheme, layout), indent=2) + "\n")
+            safetensors.write_text(folder / "quantize_config.json", json.dumps(section, indent=2) + "\n")
 
     return run
 
 
-def _section(kind: str, scheme: Scheme, layout: str) -> dict:
-    """quantization_config of config.json."""
+def _section(kind: str, scheme: Scheme, layout: str, dense: list[str]) -> dict:
+    """quantization_config of config.json. dense: linear layers that are not packed."""
     common = {"bits": scheme.bits, "group_size": scheme.group_size}
     if kind == "awq":
-        return {"quant_method": "awq", **common, "zero_point": not scheme.symmetric, "version": "gemm", "modules_to_not_convert": None}
+        # "zero_point" says that zero-points are stored, which they are in any case; without it vLLM takes a slow kernel. "sym" is ours, to read the scheme back.
+        return {"quant_method": "awq", **common, "zero_point": True, "sym": scheme.symmetric, "version": "gemm", "modules_to_not_convert": None}
     if kind == "auto-round":
-        packing_format = "auto_round:auto_gptq" if layout == V1 else "auto_round"
-        return {"quant_method": "auto-round", "packing_format": packing_format, **common, "sym": scheme.symmetric, "data_type": "int", "autoround_version": "0.16.1"}
+        packing_format = {V1: "auto_round:auto_gptq", V2: "auto_round", AWQ: "auto_round:auto_awq"}[layout]
+        kept = {"extra_config": {name: {"bits": 16} for name in dense if name != "lm_head"}} if dense != ["lm_head"] else {}
+        return {"quant_method": "auto-round", "packing_format": packing_format, **common, "sym": scheme.symmetric, "data_type": "int", "autoround_version": "0.16.1", **kept}
     return {
         "quant_method": "gptq", **common, "sym": scheme.symmetric, "desc_act": False, "checkpoint_format": layout, "format": layout, "damp_percent": 0.01, "true_sequential": False,
         "static_groups": True, "lm_head": False, "pack_dtype": "int32", "meta": {"quantizer": ["lowbit"]},

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError
-from ..scheme import Rounding
+from ..scheme import CASTS, Rounding, Scheme
 from .checkpoint import Checkpoint, LazyTensor
 
 PROVENANCE = "lowbit.json"
@@ -34,7 +34,7 @@ SHARD_BYTES = 4_500_000_000
 JSON_BYTES, JSON_PARTS, JSON_DEPTH = 64_000_000, 2_000_000, 100  # the largest tokenizer.json has 35 MB and 800,000 parts
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -141,10 +141,10 @@ def quant_method(config: dict, path: Path) -> str | None:
     return section["quant_method"]
 
 
-def open_tensors(path: Path) -> dict[str, LazyTensor]:
-    """All tensors of a folder's shards, lazily, by name."""
+def open_tensors(path: Path, variant: str = "") -> dict[str, LazyTensor]:
+    """All tensors of a folder's shards, lazily, by name. variant: in transformers' sense, of the weights' file names."""
     tensors: dict[str, LazyTensor] = {}
-    for shard, names in _shards(path).items():
+    for shard, names in _shards(path, variant).items():
         stored = open_file(shard)
         missing = set(names or ()) - set(stored)
         if missing:
@@ -153,8 +153,14 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _shards(path: Path) -> Mapping[Path, list[str] | None]:
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+def weight_names(variant: str = "") -> tuple[str, str]:
+    """The name of a folder's only weights file, and of the index of several, as transformers names them."""
+    mark = f".{variant}" if variant else ""
+    return f"model{mark}.safetensors", f"model.safetensors.index{mark}.json"
+
+
+def _shards(path: Path, variant: str) -> Mapping[Path, list[str] | None]:
+    single, index = (path / name for name in weight_names(variant))
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -168,10 +174,10 @@ def _shards(path: Path) -> Mapping[Path, list[str] | None]:
     others = sorted(p.name for p in path.glob("*.safetensors"))
     pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
     if others:
-        raise CheckpointError(f"{path} holds {', '.join(others[:3])} but no model.safetensors and no model.safetensors.index.json.")
+        raise CheckpointError(f"{path} holds {', '.join(others[:3])} but no {single.name} and no {index.name}.")
     if pickles:
         raise CheckpointError(f"{path} holds its weights as pickles ({pickles[0]}), which lowbit never loads: a pickle can run any code. Save it as safetensors first (save_pretrained).")
-    raise CheckpointError(f"{path} holds no weights: expected model.safetensors, or shards with model.safetensors.index.json.")
+    raise CheckpointError(f"{path} holds no weights: expected {single.name}, or shards with {index.name}.")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -207,6 +213,18 @@ def _header(text: bytes) -> dict[str, dict]:
     return {name: dict(entry) for name, entry in pairs}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors, __metadata__, of all shards of a folder together."""
+    found: dict[str, str] = {}
+    for shard in _shards(path, ""):
+        try:
+            with safe_open(shard, framework="np") as file:
+                found.update(file.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{shard} is not a whole safetensors file: {error}. Download or copy it again.") from error
+    return found
+
+
 def _lazy(data: np.ndarray, entry: dict, name: str, path: Path) -> LazyTensor:
     """data: the file behind its header, uint8, mapped. entry: what the header says of this tensor."""
     shape, dtype, (begin, end) = tuple(entry["shape"]), _DTYPES.get(entry["dtype"]), entry["data_offsets"]
@@ -232,9 +250,10 @@ class ShardWriter:
     expect (an estimate; a full header only begins a new shard). Nothing has its final name before close(). Same tensors, same bytes.
     """
 
-    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
-        self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8)
+    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES, variant: str = "", metadata: Mapping[str, str] | None = None) -> None:
+        self.folder, self.max_bytes, self.variant = folder, max_bytes, variant
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8) + -(-len(json.dumps({"__metadata__": self._metadata})) // 8) * 8
         self._file: BinaryIO | None = None
         self._shards: list[tuple[Path, list[str]]] = []
         self.total_bytes = 0
@@ -278,9 +297,9 @@ class ShardWriter:
         self._file = open(path, "wb")  # noqa: SIM115  (open until the shard is full)
         self._room = max(self._room, -(-(256 + entry) // 8) * 8)
         self._file.seek(8 + self._room)
-        self._header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        self._header: dict[str, dict] = {"__metadata__": dict(self._metadata)}
         self._odd: list[tuple[str, Tensor | LazyTensor]] = []
-        self._header_bytes, self._offset, self._written = 256, 0, 0
+        self._header_bytes, self._offset, self._written = 256 + len(json.dumps(self._header)), 0, 0
         return self._file
 
     def _finish_shard(self, file: BinaryIO) -> None:
@@ -300,13 +319,14 @@ class ShardWriter:
         if self._file or not self._shards:
             self._finish_shard(self._file or self._start_shard())
         count, weight_map = len(self._shards), {}
+        single, index_name = weight_names(self.variant)
         for number, (path, names) in enumerate(self._shards, start=1):
-            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            final = single if count == 1 else f"{single.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
             os.replace(path, self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_text(self.folder / index_name, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -330,17 +350,49 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
 
 
 def write_packed(
-    checkpoint: Checkpoint, folder: Path, stored: Callable[[str], Mapping[str, Tensor | LazyTensor]], section: dict | None, *, entries: int, progress: Callable[[int], None]
+    checkpoint: Checkpoint,
+    folder: Path,
+    stored: Callable[[str], Mapping[str, Tensor | LazyTensor]],
+    section: dict | None,
+    *,
+    entries: int,
+    progress: Callable[[int], None],
+    variant: str = "",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder whose quantized matrices are several tensors each: stored(name) gives them, section is config.json's quantization_config, entries how many a matrix has.
 
     Tensors are streamed by name in natural order.
     """
-    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized)) as writer:
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized), variant=variant, metadata=metadata) as writer:
         for name in sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key):
             for key, tensor in ({name: checkpoint.tensors[name]} if name in checkpoint.tensors else stored(name)).items():
                 progress(writer.add(key, tensor))
     _write_side_files(checkpoint, folder, section)
+
+
+def one_scheme(checkpoint: Checkpoint, target: str) -> Scheme:
+    """The scheme of all quantized matrices; RecipeError where there are several, for layouts that hold one."""
+    schemes = {entry.scheme for entry in checkpoint.quantized.values()}
+    if len(schemes) != 1:
+        names = ", ".join(sorted(scheme.name for scheme in schemes))
+        raise RecipeError(f"{target} holds one scheme for all layers, and this has {len(schemes)}{f': {names}' if names else ''}. Use --to compressed-tensors or --to lowbit for mixtures.")
+    return schemes.pop()
+
+
+def dense_linears(checkpoint: Checkpoint) -> list[str]:
+    """Modules with a matrix that stays dense, without embeddings; a head that is tied to the embedding has no tensor, yet is a linear."""
+    dense = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format in CASTS]
+    dense += [name for name, tensor in checkpoint.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
+    modules = {name.removesuffix(".weight") for name in dense}
+    if "lm_head.weight" not in checkpoint.quantized:
+        modules.add("lm_head")
+    return sorted((module for module in modules if not _is_embedding(module)), key=natural_key)
+
+
+def _is_embedding(module: str) -> bool:
+    leaf = module.rpartition(".")[2]
+    return "embed" in leaf or leaf in ("wte", "wpe")
 
 
 def natural_key(name: str) -> str:

@@ -45,7 +45,7 @@ def run(output: Path, model: str | None) -> None:
         result = quantize(base, recipe, output / name, n_samples=N_SAMPLES, seq_len=LENGTH, overwrite=True, progress=progress)
         out.print(f"  {result.seconds:.0f} s, peak memory {human(result.peak_memory_bytes)}", style="dim", highlight=False)
         paths[name] = result.path
-    paths["int4-gptq.gguf"] = convert(paths["int4-gptq"], "gguf", output / "int4-gptq.gguf", outside="q8_0", overwrite=True, progress=progress)
+    paths["int4-gptq.gguf"] = convert(paths["int4-gptq"], "gguf", output / "int4-gptq.gguf", outside="q8_0", overwrite=True, progress=progress).path
     same = same_codes(paths["int4-gptq"], paths["int4-gptq.gguf"])
     out.print(f"[bold]int4-gptq.gguf[/]  Q4_0 for llama.cpp; {same} matrices decode to exactly the values of int4-gptq", highlight=False)
     comparison = compare(list(paths.values()), against=base, names=["original", *paths], ctx=LENGTH, n_windows=WINDOWS, progress=progress)

@@ -197,6 +197,7 @@ def compare(
     ctx: Annotated[int | None, typer.Option(help="Window length in tokens (default 2048 or the model's limit).", min=8, show_default=False)] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows, from the start of the text (default: all).", min=1, show_default=False)] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report: one HTML file.", show_default=False)] = None,
+    card: Annotated[bool, typer.Option("--card", help="Also write what was measured into each model's card (README.md).")] = False,
     kv_bits: Annotated[int | None, typer.Option(help="Run the models with a cache of keys and values quantized to so many bits.", min=2, max=8, show_default=False)] = None,
     noise_floor: Annotated[bool, typer.Option("--noise-floor/--no-noise-floor", help="Also measure the original in its own dtype against float32.")] = True,
     device: Device = None,
@@ -213,6 +214,8 @@ def compare(
 
       lowbit compare out --against ./model --text wiki.test.raw --ctx 512 --windows 40 --html report.html
 
+      lowbit compare out --against ./model --card
+
       lowbit compare ./model out --against ./model --kv-bits 4
     """
     _prepare(threads)
@@ -223,6 +226,11 @@ def compare(
         models, against=against, text=text, ctx=ctx, n_windows=windows, dtype=dtype, device=device, noise_floor=noise_floor, kv_bits=kv_bits, seed=seed, progress=BarProgress(quiet=as_json)
     )
     _show(comparison, as_json, html)
+    if card:
+        from ..pipeline.card import measured_table, write_measured
+
+        for name, row in zip(models, comparison.rows[1:], strict=True):
+            write_measured(Path(name), measured_table(comparison, row))
 
 
 @app.command("eval")
@@ -291,20 +299,131 @@ def convert(
     to: Annotated[str, typer.Option(help="compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes or safetensors.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder or .gguf file.", show_default=False)],
     outside: Annotated[str | None, typer.Option(help="A ggml type or cast for embedding and head, e.g. q8_0 (default: kept).", show_default=False)] = None,
+    requantize: Annotated[str | None, typer.Option(help="Round the decoded values anew by this recipe (no data), where codes cannot be kept, e.g. q4_k.", show_default=False)] = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in another layout; the codes stay as they are, and what a layout cannot hold is refused.
+    """Write a checkpoint in another layout; the codes stay as they are, what a layout cannot hold is refused, and both files are decoded and compared.
 
-    Example:
+    Examples:
 
       lowbit convert out --to gguf --outside q8_0 -o out.gguf
+
+      lowbit convert model-q4_0.gguf --to compressed-tensors -o out
+
+      lowbit convert out --to gguf --requantize q4_k -o out.gguf
     """
     _prepare(None)
-    from ..pipeline.convert import convert as run
-    from .console import BarProgress, out, plain
+    from dataclasses import asdict
 
-    path = run(model, to, output, outside=outside, overwrite=overwrite, progress=BarProgress())
-    out.print(f"[bold]{plain(path)}[/]" + (f"  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else ""), highlight=False)
+    from ..pipeline.convert import convert as run
+    from .console import BarProgress, out, print_json
+
+    made = run(model, to, output, outside=outside, requantize=requantize, overwrite=overwrite, progress=BarProgress(quiet=as_json))
+    if as_json:
+        print_json({**asdict(made), "statement": made.statement})
+        return
+    size = f"  {made.path.stat().st_size / 1e6:.1f} MB" if made.path.is_file() else ""
+    out.print(f"[bold]{_escape(str(made.path))}[/]{size}\n{made.statement}", highlight=False, soft_wrap=True)
+    for note in made.notes:
+        out.print(f"  {_escape(note)}", style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    path: Annotated[str | None, typer.Argument(help="What lowbit wrote, or any folder or .gguf file that it reads.", show_default=False)] = None,
+    python: Annotated[str | None, typer.Option(help="The interpreter that has the consumer's packages (default: this one).", show_default=False)] = None,
+    consumers: Annotated[bool, typer.Option("--consumers", help="List what can be checked here, and what pip install would add.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Does the program that a file is for compute what lowbit computes? Checks every tensor, compares weights and logits, and writes verification.json.
+
+    Examples:
+
+      lowbit verify out
+
+      lowbit verify out --python ~/gptq-env/bin/python
+
+      lowbit verify --consumers
+    """
+    _prepare(None)
+    from dataclasses import asdict
+
+    from ..pipeline import verify as checks
+    from .console import BarProgress, out, print_json, text_table
+
+    if consumers or path is None:
+        if path is None and not consumers:
+            raise LowbitError("verify takes a folder or .gguf file, or --consumers.")
+        found = checks.available(python)
+        if as_json:
+            print_json([asdict(one) for one in found])
+            return
+        table = text_table("layout", "checked with", "here", "pip install")
+        for one in found:
+            table.add_row(one.kind, one.consumer, "yes" if not one.missing else "no", " ".join(one.missing))
+        out.print(table)
+        return
+    made = checks.verify(path, python=python, progress=BarProgress(quiet=as_json))
+    if as_json:
+        print_json(asdict(made))
+    else:
+        _show_verification(made, out)
+    if made.verdict == checks.FAILED:
+        sys.exit(1)
+
+
+def _show_verification(made, out) -> None:
+    colour = {"passed": "green", "failed": "red"}.get(made.verdict, "yellow")
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    out.print(f"[bold]{_escape(made.path)}[/]  {made.kind}  [{colour}]{made.verdict}[/]  {made.consumer} ({versions or 'not asked'})", highlight=False, soft_wrap=True)
+    out.print(f"  {made.tensors} tensors read, all finite", highlight=False)
+    if made.weights:
+        rest = f", the others within {made.largest_difference:.2g} of a matrix's largest" if made.equal < made.weights else ""
+        out.print(f"  {made.equal} of {made.weights} matrices equal bit for bit{rest}", highlight=False)
+    if made.logits_difference is not None:
+        out.print(f"  logits differ by at most {made.logits_difference:.2g} of the largest ({made.dtype}); KL {made.kl:.2g}", highlight=False)
+    elif made.kl is not None:
+        out.print(f"  mean KL divergence of its predictions to ours: {made.kl:.2g}", highlight=False)
+    for name, verdict in made.rules.items():
+        out.print(f"  {name}: not run; {verdict}", highlight=False, soft_wrap=True)
+    for problem in made.problems:
+        out.print(f"  [red]{_escape(problem)}[/]", highlight=False, soft_wrap=True)
+    for note in made.notes:
+        out.print(f"  {_escape(note)}", style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def push(
+    path: Annotated[str, typer.Argument(help="A folder or .gguf file that lowbit wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="Where to: NAME/MODEL on the Hugging Face hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository where there is none yet.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be uploaded.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a result with its card to the Hugging Face hub (log in first: hf auth login).
+
+    Examples:
+
+      lowbit push out my-name/SmolLM2-135M-int4 --dry-run
+
+      lowbit push out.gguf my-name/SmolLM2-135M-GGUF --private
+    """
+    _prepare(None)
+    from ..pipeline.push import push as run
+    from .console import out, print_json, table
+
+    made = run(path, repository, private=private, message=message, dry_run=dry_run)
+    if as_json:
+        print_json({"repository": made.repository, "private": made.private, "url": made.url, "files": [{"name": name, "size_bytes": size} for name, _, size in made.files]})
+        return
+    shown = table("file", "MB")
+    for name, _, size in made.files:
+        shown.add_row(_escape(name), f"{size / 1e6:,.2f}")
+    out.print(shown)
+    where = f"[bold]{made.repository}[/]{' (private)' if made.private else ''}"
+    out.print(f"{made.total_bytes / 1e6:,.1f} MB {'would go' if dry_run else 'went'} to {where}. {made.url or ''}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
@@ -21,21 +22,22 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from .. import numerics
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, LazyTensor
 from ..checkpoints.checkpoint import plain_config
 from ..errors import CheckpointError, ModelError
 from .arch import refuse_unsupported
-from .experts import EXPERTS_IMPLEMENTATION
+from .experts import EXPERTS_IMPLEMENTATION, is_experts
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from: checkpoint names by converter pattern, and the converter (None: one tensor, as it is)."""
+    """Where a parameter comes from: checkpoint names by converter pattern, and the converter (None: one tensor as it is, or with stacked a matrix [out, in] for each expert)."""
 
     names: dict[str, list[str]]
     converter: WeightConverter | None
+    stacked: bool = False
 
     def flat(self) -> list[str]:
         return [name for names in self.names.values() for name in names]
@@ -98,6 +100,7 @@ def build(checkpoint: Checkpoint) -> Skeleton:
     if model._can_set_experts_implementation():
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     blocks_name = find_blocks(model)
+    checkpoint = unstacked(model, checkpoint)
     sources, unused = _map_names(model, checkpoint)
     return Skeleton(model, checkpoint, sources, blocks_name.rpartition(".")[0], blocks_name, sum(p.numel() for p in model.parameters()), unused)
 
@@ -185,6 +188,30 @@ def is_tower(name: str) -> bool:
     return any(word in name.lower() for word in ("vision", "visual", "audio", "image", "speech"))
 
 
+EXPERT = re.compile(r"(.+\.\w+_proj)\.(\d+)\.weight")  # a matrix of one expert, of a parameter that the field's files hold in one tensor
+
+
+def unstacked(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a matrix [out, in] for each expert where one tensor holds those of all experts (PARAMETER.3.weight of PARAMETER)."""
+    tensors = dict(checkpoint.tensors)
+    for name, module in model.named_modules():
+        for parameter in ("gate_up_proj", "up_proj", "down_proj") if is_experts(module) and hasattr(module, "is_transposed") else ():
+            if stack := tensors.pop(f"{name}.{parameter}", None):
+                tensors |= {f"{name}.{parameter}.{e}.weight": _one_expert(stack, e, module.is_transposed) for e in range(stack.shape[0])}
+    return checkpoint if tensors.keys() == checkpoint.tensors.keys() else replace(checkpoint, tensors=tensors)
+
+
+def _one_expert(stack: LazyTensor, expert: int, transposed: bool) -> LazyTensor:
+    whole = lambda: stack.read(expert, expert + 1)[0]
+    shape = stack.shape[1:]
+    return LazyTensor(shape[::-1] if transposed else shape, stack.dtype, lambda start, stop: (whole().T if transposed else whole())[start:stop].clone())
+
+
+def stacks(skeleton: Skeleton) -> dict[str, list[str]]:
+    """The parameters whose experts lie in the checkpoint one by one without a converter that joins them, and their names there in order."""
+    return {name: source.flat() for name, source in skeleton.sources.items() if source.stacked}
+
+
 def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Source], list[str]]:
     """Parameter name -> Source by transformers' own renamings and converters; and the checkpoint names that no parameter takes."""
     mapping = get_model_conversion_mapping(model)
@@ -198,6 +225,9 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> t
         target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if target not in wanted and name in wanted:
             target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if target not in wanted and (expert := EXPERT.fullmatch(name)) and expert[1] in wanted:
+            sources.setdefault(expert[1], Source({}, None, stacked=True)).names.setdefault(expert[1], []).append(name)
+            continue
         if target not in wanted:
             unused.append(name)
             continue
@@ -222,11 +252,22 @@ def _refuse_missing(model, sources, wanted, checkpoint) -> None:
     shapes, parameters = checkpoint.shapes(), dict(model.named_parameters())
     for parameter, source in sources.items():
         name = source.flat()[0]
+        if source.stacked:
+            _refuse_bad_stack(model, parameter, source, checkpoint)
+            continue
         if name in checkpoint.tensors and parameter in parameters and checkpoint.tensors[name].dtype not in FLOATS:
             raise CheckpointError(f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, which is no weight; it is quantized, and config.json does not say how.")
         shape = shapes[name][::-1] if turned(model, parameter, name, checkpoint) else shapes[name]
         if source.converter is None and tuple(shape) != tuple(wanted[parameter].shape):
             raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(shape)}, and the config asks for {list(wanted[parameter].shape)}.")
+
+
+def _refuse_bad_stack(model: nn.Module, parameter: str, source: Source, checkpoint: Checkpoint) -> None:
+    wanted, names, shapes = tuple(model.get_parameter(parameter).shape), source.flat(), checkpoint.shapes()
+    one = wanted[:0:-1] if model.get_submodule(parameter.rpartition(".")[0]).is_transposed else wanted[1:]
+    found = [int(expert[2]) for name in names if (expert := EXPERT.fullmatch(name))]
+    if found != list(range(wanted[0])) or any(tuple(shapes[name]) != one for name in names):
+        raise CheckpointError(f"{checkpoint.path}: {parameter} has {len(names)} experts, the first of {list(shapes[names[0]])}; the config asks for {wanted[0]} of {list(one)}.")
 
 
 def turned(model: nn.Module, parameter: str, name: str, checkpoint: Checkpoint) -> bool:
@@ -254,6 +295,12 @@ def _fill_ties(sources: dict[str, Source], tied: dict[str, str]) -> None:
 def load_parameter(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
     """One parameter of the model, from the checkpoint, cast to dtype when floating; raises FormatError naming a tensor with NaN or infinity."""
     source = skeleton.sources[name]
+    if source.stacked:
+        transposed = skeleton.model.get_submodule(name.rpartition(".")[0]).is_transposed
+        made = torch.empty(skeleton.model.get_parameter(name).shape, dtype=dtype)
+        for expert, key in enumerate(source.flat()):
+            made[expert] = _dense(skeleton, key, dtype).T if transposed else _dense(skeleton, key, dtype)
+        return made
     if source.converter is None:
         loaded = _dense(skeleton, source.flat()[0], dtype)
         return loaded.T.contiguous() if turned(skeleton.model, name, source.flat()[0], skeleton.checkpoint) else loaded

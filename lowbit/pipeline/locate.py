@@ -49,6 +49,14 @@ def model_name(path: Path) -> str:
     return path.name.removesuffix(".gguf")
 
 
+def base_name(model: object, path: Path) -> str:
+    """What a card calls the model that a result was made from: its id on the hub where it has one, else the name of its folder or file."""
+    parent = path.parent.parent.name
+    if path.parent.name == "snapshots" and parent.startswith("models--"):
+        return parent.removeprefix("models--").replace("--", "/", 1)
+    return str(model) if isinstance(model, str) and not Path(model).expanduser().exists() else model_name(path)
+
+
 def load_tokenizer(checkpoint: Checkpoint, scratch: Path):
     """The model's own tokenizer; a GGUF file's is written to scratch first. No remote code is run."""
     folder = checkpoint.path

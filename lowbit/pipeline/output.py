@@ -19,16 +19,19 @@ from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
 from ..checkpoints.checkpoint import CHUNK_BYTES
 from ..errors import JobError, ResourceError
-from ..models.linears import Linear
+from ..models import skeleton as sk
+from ..models.linears import find_linears
+from ..models.skeleton import Skeleton
 from ..numerics.ggml import BLOCK_TYPES
 from ..progress import Progress
 from ..tensor import QuantizedTensor
+from .card import write_card
 from .job import temporary, work_folder
 from .recipes import LayerPlan
 
 
-def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, whole: Callable[[], None] = lambda: None) -> None:
-    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it."""
+def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, base: str, whole: Callable[[], None] = lambda: None) -> None:
+    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it. base: the original's name, for the card beside the weights."""
     kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
     if overwrite and old.exists() and not output.exists():  # an earlier run was killed between its last two steps
         os.replace(old, output)
@@ -39,6 +42,8 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
             kind.write(checkpoint, draft, progress=advance)
+            if not kind.suffix:
+                write_card(draft, base=base, name=output.name)
         except BaseException:
             _delete(draft)
             raise
@@ -55,6 +60,8 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
         raise
     if aside:
         _delete(old)
+    if kind.suffix:
+        write_card(output, base=base)
 
 
 def _delete(path: Path) -> None:
@@ -80,12 +87,25 @@ def readable_errors(output: Path) -> Iterator[None]:
         raise JobError(f"The output cannot be written or the model cannot be read ({what}).{keep}") from error
 
 
-def as_stored_dense(checkpoint: Checkpoint, linears: list[Linear]) -> Checkpoint:
-    """The checkpoint with the quantized matrices of Conv1D layers as dense ones, turned to [in, out] as their models store them."""
-    names = [linear.name for linear in linears if linear.transposed and linear.name in checkpoint.quantized]
-    dense = {name: _turned(checkpoint, name) for name in names}
-    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in dense}
-    return replace(checkpoint, tensors={**checkpoint.tensors, **dense}, quantized=quantized)
+def as_stored_dense(checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+    """The checkpoint with dense tensors as its model stores them: the quantized matrices of Conv1D layers turned to [in, out], those of single experts in one tensor where the model has one."""
+    linears = [linear for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index)]
+    names = [linear.name for linear in linears if linear.transposed and linear.expert is None and linear.name in checkpoint.quantized]
+    made = {name: _turned(checkpoint, name) for name in names}
+    members = {name: parameter for parameter, names in sk.stacks(skeleton).items() for name in names}
+    for parameter, names in sk.stacks(skeleton).items():
+        made[parameter] = _stack(checkpoint, names, skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in members}
+    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in made and name not in members}
+    return replace(checkpoint, tensors={**tensors, **made}, quantized=quantized)
+
+
+def _stack(checkpoint: Checkpoint, names: list[str], transposed: bool) -> LazyTensor:
+    """The matrices of all experts as one tensor, an expert at a time."""
+    first = checkpoint.lazy(names[0])
+    one = lambda name: checkpoint.dense(name).T if transposed else checkpoint.dense(name)
+    shape = first.shape[::-1] if transposed else first.shape
+    return LazyTensor((len(names), *shape), first.dtype, lambda start, stop: torch.stack([one(name) for name in names[start:stop]]))
 
 
 def checked(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:

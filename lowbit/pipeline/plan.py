@@ -36,7 +36,7 @@ from .recipes import parse, resolve, settle
 
 DEFAULT_RECIPES = (
     "float32", "bfloat16", "int8-sym-channel-rtn", "int4-sym-g128", "int4-sym-g64", "int3-asym-g64", "int2-asym-g64",
-    "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k",
+    "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k",
 )  # fmt: skip
 GROUP_SIZES = (128, 64, 32, 16)  # tried in turn where a group does not divide a matrix
 MOST_MODULES = 20_000  # of a config alone; the largest models have some thousands
@@ -358,7 +358,12 @@ def _quantized(model: _Model, recipe: Recipe) -> tuple[int, bool, list[str]]:
 def _schemes(model: _Model, recipe: Recipe) -> tuple[dict[str, Scheme], list[str], bool]:
     """The scheme of every matrix that is quantized, what was substituted, and whether quantize would refuse the recipe as it is named."""
     try:
-        plans = resolve(recipe, model.linears, model.outside)
+        plans = resolve(recipe, model.linears, model.outside, model.checkpoint.config)
+    except CheckpointError:  # not of GGUF's architectures, which the caller says
+        if recipe.mixture is None:
+            raise
+        schemes, notes, _ = _schemes(model, replace(recipe, mixture=None))
+        return schemes, [*notes, f"{recipe.scheme.name} is counted throughout: what the mixture {recipe.mixture} chooses is not known."], True
     except ShapeError:
         if recipe.rules:
             raise

@@ -11,12 +11,12 @@ from typing import Any
 
 from .. import numerics
 from ..algorithms import ALGORITHMS, check_format, make_options
-from ..checkpoints import TARGETS, ct_layouts, target
+from ..checkpoints import TARGETS, gguf_mixtures, holds, target
 from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
 from ..models.arch import ROUTERS
 from ..numerics import additive, codebook, floating, lattice, ternary
-from ..numerics.ggml import BLOCK_TYPES
+from ..numerics.ggml import BLOCK_TYPES, WRITTEN
 from ..recipe import Calibration, Recipe, Rule, from_dict
 from ..scheme import CASTS, INT, OBSERVERS, Activation, Scheme
 from ..transforms import TRANSFORMS, of_blocks
@@ -54,10 +54,12 @@ PRESETS: dict[str, tuple[str, str]] = {
     "bitnet": ("ternary-rtn-a8", "b1.58 weights and 8-bit activations; an ordinary model does not survive this without training"),
     "rtn-int4": ("int4-sym-rtn", "plain rounding to 4 bits; no data needed"),
     "rtn-int8": ("int8-sym-rtn", "plain rounding to 8 bits; no data needed"),
+    **{name: (f"{name}-rtn", f"llama-quantize's mixture: {gguf_mixtures.MIXTURES[name].description}") for name in gguf_mixtures.known()},
 }
 FORMAT_ALIASES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "fp8": "fp8_e4m3", "mxfp8": "mxfp8_e4m3", "mxfp6": "mxfp6_e2m3"}
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
 GPTAQ_ALPHA = 0.25
+NATURAL = ("compressed-tensors", "bitsandbytes", "hqq", "aqlm", "bitnet")  # where a result goes when no target is named, in this order
 GUIDED = ("gptq", "ldlq", "aqlm")
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
@@ -104,14 +106,18 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
         target(draft.recipe.target)
         return draft
     target(chosen)
-    if target_name is None and _only_dense(draft.recipe.scheme):
-        chosen = "safetensors"
+    if target_name is None:
+        chosen = _natural_target(draft.recipe)
     return replace(draft, recipe=replace(draft.recipe, target=chosen), target_given=True)
 
 
-def _only_dense(scheme: Scheme) -> bool:
-    """Whether no other target holds the scheme: its decoded values are written then."""
-    return scheme.format not in (*CASTS, *BLOCK_TYPES) and ct_layouts.layout_of(scheme) is None
+def _natural_target(recipe: Recipe) -> str:
+    """The first layout of the field that holds all schemes of a recipe, else lowbit's own."""
+    schemes = {recipe.scheme, *(rule.scheme for rule in recipe.rules if rule.scheme is not None)}
+    if any(scheme.format in BLOCK_TYPES for scheme in schemes):
+        return "gguf"
+    several = {"compressed-tensors", "hqq"} if len(schemes) > 1 else set(TARGETS)  # the other layouts have one scheme for all layers
+    return next((name for name in NATURAL if name in several and all(holds(name, scheme) for scheme in schemes)), "lowbit")
 
 
 def _short(text: str, *, name: str) -> Draft:
@@ -123,7 +129,7 @@ def _short(text: str, *, name: str) -> Draft:
     options = _word_options(found)
     check_format(algorithm, scheme)
     _check_options(algorithm, options)
-    recipe = Recipe(name=name, scheme=scheme, algorithm=algorithm, options=options, transforms=_word_transforms(found))
+    recipe = Recipe(name=name, scheme=scheme, algorithm=algorithm, options=options, mixture=found.get("mixture"), transforms=_word_transforms(found))
     return Draft(recipe, group_given="group" in found or scheme.format != INT, scale_given=False, target_given=False)
 
 
@@ -143,6 +149,8 @@ def _words(text: str) -> dict[str, Any]:
     if "format" not in found:
         raise RecipeError(f"recipe {text!r} names no number format; expected a word like int4, q4_k, q8_0, float16.")
     fmt, _ = found["format"]
+    if "pure" in found and found.pop("mixture", "") not in (None, fmt):
+        raise RecipeError(f"recipe {text!r}: pure is one ggml type throughout; it goes with {', '.join(BLOCK_TYPES)}.")
     free = {INT: {"symmetric", "group", "range", "search"}, **dict.fromkeys(codebook.CODES, {"group", "search"})}.get(fmt, set())
     if fmt in ternary.KINDS:
         free = {"group"}
@@ -161,7 +169,15 @@ def _words(text: str) -> dict[str, Any]:
 def _word(word: str, text: str, put) -> None:
     if match := re.fullmatch(r"int([2-8])", word):
         put("format", (INT, int(match[1])), word)
-    elif word in BLOCK_TYPES or word in CASTS or word in codebook.CODES or word in floating.KINDS or word in ternary.KINDS:
+    elif word in gguf_mixtures.known():
+        put("mixture", word, word)
+        put("format", (gguf_mixtures.MIXTURES[word].type, 0), word)
+    elif word in ("pure", "weighted"):
+        put(word, True, word)
+    elif word in BLOCK_TYPES:
+        put("mixture", None, word)
+        put("format", (word, 0), word)
+    elif word in CASTS or word in codebook.CODES or word in floating.KINDS or word in ternary.KINDS:
         put("format", (word, 0), word)
     elif f"aqlm_{word}" in additive.KINDS:
         put("format", (f"aqlm_{word}", 0), word)
@@ -197,10 +213,11 @@ def _word(word: str, text: str, put) -> None:
         if match[1]:
             put("guide_groups", int(match[1]), word)
     else:
-        formats = (*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *(name.removeprefix("aqlm_") for name in additive.KINDS), *CASTS)
+        formats = (*WRITTEN, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *(name.removeprefix("aqlm_") for name in additive.KINDS), *CASTS)
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
-            f"int2..int8 or {', '.join(formats)}; dq; sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; {', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; "
+            f"int2..int8 or {', '.join(formats)}; one of llama-quantize's mixtures (q4_k_m, ...); pure, weighted (of ggml types); dq; "
+            f"sym or asym; g32, g64, g128, channel or tensor; {', '.join(ALGORITHMS)}; {', '.join(RANGE_WORDS)}; {', '.join(SEARCH_WORDS)}; "
             f"outN, outNb8; a8, a4, afp8, ... (activations), static, static_kl, ..., aasym, atensor, t6; gptaq; guided, guided4 (Hessians by groups of outputs); {', '.join(TRANSFORMS)}."
         )
 
@@ -239,7 +256,7 @@ def _word_activation(found: dict, text: str) -> Activation | None:
 
 def _word_options(found: dict) -> dict:
     """Options of the algorithm that words stand for."""
-    return {key: found[key] for key in ("search", "guided", "guide_groups", "alpha") if key in found}
+    return {key: found[key] for key in ("search", "weighted", "guided", "guide_groups", "alpha") if key in found}
 
 
 def _word_transforms(found: dict[str, Any]) -> dict[str, dict]:
@@ -293,7 +310,7 @@ def _toml(path: Path) -> Draft:
     _refuse_wrong_types(Calibration, calibration, f"{where}: calibration")
     plain = {key: data[key] for key in ("true_sequential", "target") if key in data}
     _refuse_wrong_types(Recipe, plain, where)
-    recipe = Recipe(path.stem, scheme, algorithm, options, calibration=from_dict(Calibration, calibration, where=f"{where}: calibration"), **plain)
+    recipe = Recipe(path.stem, scheme, algorithm, options, mixture=base.recipe.mixture, calibration=from_dict(Calibration, calibration, where=f"{where}: calibration"), **plain)
     transforms = {**base.recipe.transforms, **_table(data.get("transforms", {}), f"{where}: transforms")}
     for name, given in transforms.items():
         make_transform_options(name, _table(given, f"{where}: transforms.{name}"))
@@ -330,6 +347,7 @@ def _rule(entry: object, where: str, recipe: Recipe) -> tuple[Rule, bool]:
     if words == "keep":
         return Rule(match, None), True
     found = _words(words)
+    one_type(found.get("mixture"), where)
     both = found["format"][0] == recipe.scheme.format == INT
     inherited = {"symmetric": recipe.scheme.symmetric, "group": recipe.scheme.block, "range": recipe.scheme.range} if both else {}
     scheme = _scheme({**inherited, **found}, words)
@@ -342,6 +360,12 @@ def _rule(entry: object, where: str, recipe: Recipe) -> tuple[Rule, bool]:
     options = {**(recipe.options if algorithm == recipe.algorithm and "algorithm" not in found else {}), **own}
     _check_options(algorithm, options)
     return Rule(match, scheme, algorithm, options), "group" in found or scheme.format != INT
+
+
+def one_type(mixture: str | None, where: str) -> None:
+    """Raise RecipeError for a mixture where a single type is wanted; a mixture that has a type's name stands for the type there."""
+    if mixture is not None and mixture not in BLOCK_TYPES:
+        raise RecipeError(f"{where}: {mixture} is a mixture, which chooses a type for every weight of a model; expected one type, such as {gguf_mixtures.MIXTURES[mixture].type}.")
 
 
 def _check_options(algorithm: str, options: dict) -> None:
@@ -372,6 +396,10 @@ def _refuse_wrong_types(cls: type, data: dict, where: str) -> None:
 def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) -> tuple[Recipe, list[str]]:
     """Fill in what was left out, from the target and the model's shapes: group size and dtype of scales. Returns what to tell the user."""
     recipe, notes = draft.recipe, []
+    if recipe.mixture is not None and recipe.target != "gguf":
+        if recipe.mixture not in BLOCK_TYPES:
+            raise RecipeError(f"{recipe.mixture} is a mixture of block types, which only a GGUF file holds. Write it with --to gguf, or take one type, such as {recipe.scheme.format}.")
+        recipe = replace(recipe, mixture=None)
     scheme = recipe.scheme
     if scheme.format == INT and not draft.group_given:
         widths = sorted({shape[1] for shape in linears.values()})
@@ -380,9 +408,8 @@ def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) 
         scheme = replace(scheme, block=block)
         why = "what Q4_0 stores" if recipe.target == "gguf" else f"the largest of {', '.join(map(str, AUTO_GROUPS))} that divides every layer"
         notes.append(f"Group size not given: {scheme.name} ({why})." if fitting else f"No group size divides every layer: {scheme.name}.")
-    if recipe.target == "safetensors" and _only_dense(scheme):
-        notes.append(f"No file format that lowbit writes holds {scheme.name} yet: the values are written as dense weights, in the model's own dtype.")
-    if (scheme.format == INT or (scheme.format in ("fp8_e4m3", "fp8_e5m2") and recipe.target == "compressed-tensors")) and not draft.scale_given:
+    stored_as_model = {"fp8_e4m3": "compressed-tensors", "fp8_e5m2": "compressed-tensors", "ternary": "bitnet"}  # formats whose scales a target casts to the model's dtype
+    if (scheme.format == INT or stored_as_model.get(scheme.format) == recipe.target) and not draft.scale_given:
         scheme = replace(scheme, scale_dtype=TARGETS[recipe.target].scale_dtype or model_dtype)
     given = draft.rule_groups_given or (True,) * len(recipe.rules)
     rules = tuple(_settle_rule(rule, scheme, own_group) for rule, own_group in zip(recipe.rules, given, strict=True))
@@ -397,11 +424,13 @@ def _settle_rule(rule: Rule, scheme: Scheme, group_given: bool) -> Rule:
     return replace(rule, scheme=replace(rule.scheme, scale_dtype=scheme.scale_dtype, block=block))
 
 
-def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[str, tuple[int, int]]) -> dict[str, LayerPlan]:
+def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[str, tuple[int, int]], config: dict | None = None) -> dict[str, LayerPlan]:
     """What is done to every weight that is quantized; raises now on a rule or shape that cannot be.
 
-    linears: matrices of the blocks. outside: embedding and head, kept unless a rule names them (gguf: q8_0, as its users expect).
+    linears: matrices of the blocks. outside: embedding and head, kept unless a rule or a mixture names them (gguf: q8_0, as its users expect).
+    config: of the model; needed for a mixture.
     """
+    mixed = _mixed(recipe, {**linears, **outside}, config)
     plans: dict[str, LayerPlan] = {}
     used: set[str] = set()
     for name, shape in {**linears, **outside}.items():
@@ -414,14 +443,26 @@ def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[s
             scheme = replace(rule.scheme, act=None) if name in outside else rule.scheme
             plans[name] = _plan(scheme, algorithm, rule.options if algorithm == rule.algorithm else {}, name, shape, recipe.target)
         elif name in linears and not _stays_dense(name):
-            plans[name] = _plan(recipe.scheme, recipe.algorithm, recipe.options, name, shape, recipe.target)
+            plans[name] = _plan(mixed.get(name, recipe.scheme), recipe.algorithm, recipe.options, name, shape, recipe.target)
         elif name in outside and recipe.target == "gguf":
-            plans[name] = _plan(numerics.scheme_of("q8_0"), "rtn", {}, name, shape, recipe.target)
+            plans[name] = _plan(mixed.get(name, numerics.scheme_of("q8_0")), "rtn", {}, name, shape, recipe.target)
     idle = [rule.match for rule in recipe.rules if rule.match not in used]
     if idle:
         some = ", ".join(sorted(name.removesuffix(".weight") for name in list(linears)[:3]))
         raise RecipeError(f"no weight matches the rule {idle[0]!r}; weights are called like {some}.")
     return plans
+
+
+def _mixed(recipe: Recipe, shapes: dict[str, tuple[int, int]], config: dict | None) -> dict[str, Scheme]:
+    """The scheme that the recipe's mixture gives to each weight; empty without one."""
+    if recipe.mixture is None:
+        return {}
+    if recipe.mixture not in gguf_mixtures.known():
+        raise RecipeError(f"mixture {recipe.mixture!r} is not known; expected one of {', '.join(gguf_mixtures.known())}.")
+    if config is None:
+        raise RecipeError(f"the mixture {recipe.mixture} looks at the model, and its config was not given.")
+    types = gguf_mixtures.types(recipe.mixture, config, shapes, weighted=bool(recipe.options.get("weighted")))
+    return {name: replace(numerics.scheme_of(kind), act=recipe.scheme.act, outliers=recipe.scheme.outliers) for name, kind in types.items()}
 
 
 def _stays_dense(name: str) -> bool:
@@ -436,6 +477,9 @@ def _plan(scheme: Scheme, algorithm: str, options: dict, name: str, shape: tuple
         if other != scheme.format:
             notes = (f"{scheme.format} cannot hold rows of {shape[1]}: {other} was used, as llama-quantize does",)
             scheme = numerics.scheme_of(other)
+            formats = ALGORITHMS[algorithm].formats
+            if formats is not None and other not in formats:
+                algorithm, options = "rtn", {}
     check_format(algorithm, scheme)
     TARGETS[target_name].check(scheme, shape, name.removesuffix(".weight"))
     numerics.check_shape(scheme, shape, name=name.removesuffix(".weight"))

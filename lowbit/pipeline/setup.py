@@ -51,6 +51,7 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
     rounded = bool(checkpoint.activations)
     checkpoint = replace(checkpoint, activations={})
     skeleton = sk.build(checkpoint)
+    checkpoint = skeleton.checkpoint
     linears = [find_linears(skeleton, index) for index in range(len(skeleton.blocks))]
     shapes = {linear.name: linear.shape for block in linears for linear in block}
     if not shapes:
@@ -67,10 +68,10 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         outside = outside_matrices(skeleton)
         if not own_head and len(outside) > 1:
             notes.append("The head was tied to the embedding; rotated, it is a tensor of its own (it takes the weight of the final norm).")
-    packed = recipe.target not in ("gguf", "safetensors")
+    packed = recipe.target not in ("gguf", "safetensors", "lowbit")
     if packed and any(linear.transposed for block in linears for linear in block):
         raise ModelError(
-            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which no program reads from {recipe.target}. Write it with --to gguf or --to safetensors."
+            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers or in one tensor for all experts, which no program reads from {recipe.target}. Write it with --to lowbit, --to gguf or --to safetensors."
         )
     if rounded:
         notes.append("This checkpoint rounds the inputs of its layers. That is dropped: the recipe alone says what is rounded now.")
@@ -86,10 +87,13 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         from ..checkpoints.gguf import supported
 
         supported(checkpoint.config)
-    plans = recipes.resolve(recipe, shapes, outside)
+    plans = recipes.resolve(recipe, shapes, outside, checkpoint.config)
     embedding = next(iter(outside), None)
     if packed and embedding in plans and plans[embedding].scheme.format not in CASTS:
         raise RecipeError(f"a rule quantizes the embedding {embedding}, which no program reads from {recipe.target}. Leave it out, or write --to gguf.")
+    plain = [name for name, plan in plans.items() if name in shapes and plan.scheme.format == "q2_k" and plan.algorithm == "rtn" and not getattr(plan.options, "weighted", False)]
+    if recipe.mixture == "q2_k_s" and plain:
+        raise RecipeError(f"q2_k_s leaves {len(plain)} matrices in Q2_K, which are garbage without importance (llama-quantize refuses it, too). Use q2_k_s-weighted, q2_k_s-gptq, --imatrix, or q2_k.")
     if not plans:
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
     needs = {need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}

@@ -1,14 +1,17 @@
 """The main job on tiny models of every architecture: what is quantized, what is kept, what is recorded, what is refused before work."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from gguf.constants import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from lowbit import numerics
 from lowbit.checkpoints import open_checkpoint
+from lowbit.checkpoints.gguf import read_header
 from lowbit.errors import CheckpointError, FormatError, JobError, LowbitError, ModelError, RecipeError, ResourceError, ShapeError
 from lowbit.models import skeleton as sk
 from lowbit.models.linears import find_linears
@@ -50,7 +53,7 @@ def logits(stream):
 def test_every_architecture_goes_through(any_model, model_folder, text_file, tmp_path, logits):
     folder = model_folder(any_model)
     if any_model == "gpt2":
-        with pytest.raises(ModelError, match="Conv1D layers, which no program reads from compressed-tensors"):
+        with pytest.raises(ModelError, match="Conv1D layers .*, which no program reads from compressed-tensors"):
             run(folder, "int4-sym-g32-gptq", tmp_path / "out", text_file)
         return
     result = run(folder, "int4-sym-g32-gptq", tmp_path / "out", text_file)
@@ -240,6 +243,27 @@ def test_q4_k_falls_back_and_says_so(save_model, tmp_path):
     assert up["scheme"] == "q5_0" and up["notes"] == ["q4_k cannot hold rows of 192: q5_0 was used, as llama-quantize does"]
     assert down["scheme"] == "q4_k" and "notes" not in down
     assert open_checkpoint(result.path).quantized["model.layers.0.mlp.up_proj.weight"].scheme.format == "q5_0"
+
+
+@pytest.mark.parametrize(("recipe", "file_type"), [("q4_k_m", 15), ("q3_k_l-gptq", 13), ("q2_k_s-weighted", 21)])
+def test_a_mixture_is_written_as_llama_quantize_would(save_model, text_file, tmp_path, recipe, file_type):
+    """The types of oracles/mixtures.json for a Llama of this shape."""
+    folder = save_model("llama", tmp_path / "m", hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
+    result = run(folder, recipe, tmp_path / "out.gguf", text_file)
+    header = read_header(result.path)
+    assert header.get("general.file_type") == file_type
+    expected = json.loads((Path(__file__).parents[1] / "oracles" / "mixtures.json").read_text())["llama, 2 layers"]["types"][recipe.split("-")[0]]
+    for name, info in header.tensors.items():
+        if len(info.shape) > 1:
+            leaf, kind = name.split(".")[-2], GGMLQuantizationType(info.type_id).name.lower()
+            others = dict(word.split(":") for word in expected[leaf].split()[1:])
+            assert kind == (next((k for k, layers in others.items() if name.startswith(f"blk.{layers}.")), expected[leaf].split()[0])), name
+    assert {r["algorithm"] for n, r in result.layers.items() if ".layers." in n} == {"gptq" if "gptq" in recipe else "rtn"}
+
+
+def test_q2_k_s_without_importance_is_refused(save_model, tmp_path):
+    folder = save_model("llama", tmp_path / "m", hidden_size=256, intermediate_size=256)
+    refused(RecipeError, "q2_k_s leaves 21 matrices in Q2_K, which are garbage without importance .* Use q2_k_s-weighted", folder, "q2_k_s", tmp_path / "out.gguf")
 
 
 # ---- true-sequential

@@ -10,6 +10,7 @@ from lowbit.scheme import Scheme
 
 LAYERS = {"model.layers.0.self_attn.q_proj.weight": (64, 64), "model.layers.0.mlp.down_proj.weight": (64, 128)}
 OUTSIDE = {"model.embed_tokens.weight": (320, 64)}
+LLAMA = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}  # the mixtures look at it
 
 
 def settled(text, *, target_name=None, linears=LAYERS, model_dtype="bfloat16") -> Recipe:
@@ -18,7 +19,7 @@ def settled(text, *, target_name=None, linears=LAYERS, model_dtype="bfloat16") -
 
 
 def resolved(text, *, target_name=None, linears=LAYERS, outside=OUTSIDE):
-    return recipes.resolve(settled(text, target_name=target_name, linears=linears), linears, outside)
+    return recipes.resolve(settled(text, target_name=target_name, linears=linears), linears, outside, LLAMA)
 
 
 def toml(tmp_path, text):
@@ -58,8 +59,9 @@ def test_range_search_is_a_word(search):
 @pytest.mark.parametrize("preset", recipes.PRESETS)
 def test_presets_parse_and_resolve(preset):
     wide = dict.fromkeys(LAYERS, (512, 512))
-    plans = resolved(preset, linears=wide)
-    assert set(plans) == set(wide)
+    mixture = recipes.parse(preset).recipe.mixture
+    plans = resolved(preset, linears=wide, target_name="gguf" if mixture else None)
+    assert set(plans) == ({**wide, **OUTSIDE}.keys() if mixture else wide.keys())
     assert recipes.parse(preset).recipe.name == preset
 
 
@@ -97,13 +99,28 @@ def test_presets_parse_and_resolve(preset):
         ("int4-asym-half", ["half", "symmetric"]),
         ("int4-asym-full", ["full", "symmetric"]),
         ("q4_0-full", ["q4_0 fixes that itself; leave out words for ranges"]),
+        ("q4_k_m-q5_k_m", ["'q5_k_m' contradicts", "mixture"]),
+        ("q4_k-q4_k_m", ["'q4_k_m' contradicts", "mixture"]),
+        ("q4_k_m-pure", ["pure is one ggml type throughout; it goes with q4_0"]),
+        ("int4-pure", ["pure is one ggml type throughout"]),
+        ("int4-gptq-weighted", ["unknown key 'weighted'"]),
     ],
 )
 def test_refused_words(text, words):
     with pytest.raises(RecipeError) as caught:
         recipes.parse(text)
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert repr(text) in str(caught.value) or " makes " in str(caught.value)
+    assert repr(text) in str(caught.value) or " makes " in str(caught.value) or "options of" in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "instead"), [("iq2_xxs", "q2_k"), ("iq3_s-gptq", "q3_k"), ("ggml_nvfp4", "ggml_mxfp4")])
+def test_types_that_are_only_read_are_refused_with_what_fits(tmp_path, text, instead):
+    message = rf"^{text.partition('-')[0]} is read from GGUF files and not made: .* Use {instead}, the nearest type that it makes\.$"
+    with pytest.raises(RecipeError, match=message):
+        recipes.parse(text, target_name="gguf")
+    rule = toml(tmp_path, f'scheme = "q4_k"\n[[rules]]\nmatch = "*"\nscheme = "{text}"\n')
+    with pytest.raises(RecipeError, match=message):
+        recipes.parse(rule, target_name="gguf")
 
 
 def test_a_preset_in_a_longer_form_is_explained():
@@ -127,6 +144,45 @@ def test_default_group_of_gguf_is_32_and_scales_are_float16():
     assert (recipe.scheme.block, recipe.scheme.scale_dtype) == ((1, 32), "float16")
 
 
+@pytest.mark.parametrize(
+    ("text", "q_proj", "down_proj", "embedding", "algorithm", "options"),
+    [
+        ("q3_k_m", "q3_k", "q4_k", "q6_k", "rtn", {}),
+        ("q3_k_m-gptq-guided", "q3_k", "q4_k", "q6_k", "gptq", {"guided": True}),
+        ("q2_k", "q2_k", "q3_k", "q6_k", "rtn", {}),
+        ("q2_k-pure-gptq", "q2_k", "q2_k", "q8_0", "gptq", {}),
+        ("q4_0", "q4_0", "q4_0", "q6_k", "rtn", {}),
+        ("q4_0-weighted", "q4_0", "q4_1", "q6_k", "rtn", {"weighted": True}),
+        ("q4_0-pure-weighted", "q4_0", "q4_0", "q8_0", "rtn", {"weighted": True}),
+        ("q4_k", "q4_k", "q4_k", "q8_0", "rtn", {}),
+    ],
+)
+def test_mixtures_choose_types_and_pure_is_one_type(text, q_proj, down_proj, embedding, algorithm, options):
+    """In the first of eight layers, of a tied model."""
+    wide = dict.fromkeys((*LAYERS, *OUTSIDE), (512, 512))
+    plans = resolved(text, target_name="gguf", linears={n: wide[n] for n in LAYERS}, outside={n: wide[n] for n in OUTSIDE})
+    assert [plans[name].scheme.format for name in wide] == [q_proj, down_proj, embedding]
+    assert [plans[name].algorithm for name in wide] == [algorithm, algorithm, "rtn"]
+    assert settled(text, target_name="gguf").options == options
+
+
+def test_rules_win_over_a_mixture_and_name_one_type(tmp_path):
+    text = 'scheme = "q4_k_m"\ntarget = "gguf"\n[[rules]]\nmatch = "*.down_proj"\nscheme = "q5_0"\n[[rules]]\nmatch = "*.embed_tokens"\nscheme = "keep"\n'
+    plans = resolved(toml(tmp_path, text))
+    assert [one.scheme.format for one in plans.values()] == ["q5_0", "q5_0"]  # the first is q4_k that fell back
+    assert plans["model.layers.0.self_attn.q_proj.weight"].notes
+    with pytest.raises(RecipeError, match="q3_k_l is a mixture, which chooses a type for every weight of a model; expected one type, such as q3_k"):
+        resolved(toml(tmp_path, text.replace('"q5_0"', '"q3_k_l"')))
+
+
+def test_a_mixture_is_for_gguf_only():
+    with pytest.raises(RecipeError, match="q4_k_m is a mixture of block types, which only a GGUF file holds. Write it with --to gguf"):
+        settled("q4_k_m")
+    assert settled("q4_0", target_name="safetensors").mixture is None
+    with pytest.raises(RecipeError, match="mixture 'q9_k' is not known; expected one of q2_k, "):
+        recipes.resolve(Recipe("mine", Scheme(format="q4_k"), "rtn", mixture="q9_k", target="gguf"), LAYERS, OUTSIDE, LLAMA)
+
+
 def test_scales_take_the_models_dtype():
     assert settled("int4-g32").scheme.scale_dtype == "bfloat16"
 
@@ -145,7 +201,7 @@ def test_a_recipe_object_is_taken_as_it_is():
 
 @pytest.mark.parametrize("target_name", ["onnx", "GGUF", ""])
 def test_unknown_target(target_name):
-    with pytest.raises(RecipeError, match=r"target '.*' is not known; expected one of compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes, safetensors"):
+    with pytest.raises(RecipeError, match=r"target '.*' is not known; expected one of compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes, hqq, aqlm, bitnet, torchao, lowbit, safetensors"):
         recipes.parse("int4-g32", target_name=target_name or "x")
 
 
@@ -167,6 +223,12 @@ def test_k_quants_fall_back_as_llama_quantize_does():
     assert plans["a.weight"].scheme.format == "q5_0"
     assert plans["a.weight"].notes == ("q4_k cannot hold rows of 576: q5_0 was used, as llama-quantize does",)
     assert plans["b.weight"].scheme.format == "q4_k" and not plans["b.weight"].notes
+
+
+@pytest.mark.parametrize(("text", "other"), [("iq4_xs", "iq4_nl"), ("tq2_0", "q4_0"), ("tq1_0", "q4_0")])
+def test_types_of_256_fall_back_as_llama_quantize_does(text, other):
+    plans = resolved(text, target_name="gguf", linears={"a.weight": (64, 576), "b.weight": (64, 512), "c.weight": (64, 545)})
+    assert [plan.scheme.format for plan in plans.values()][:3] == [other, text, "float16"]
 
 
 def test_ggml_types_belong_into_gguf():
@@ -324,3 +386,15 @@ def test_every_algorithm_is_a_word():
 
 def test_errors_are_lowbit_errors():
     assert issubclass(RecipeError, LowbitError)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [
+        ("int4-sym-g32-rtn", "compressed-tensors"), ("nf4-dq", "bitsandbytes"), ("llm-int8", "bitsandbytes"), ("hqq-int2", "hqq"), ("aqlm-2x8", "aqlm"), ("bitnet", "bitnet"), ("quip-2", "lowbit"),
+        ("mxfp6-rtn", "lowbit"), ("int4-sym-g32-out8-rtn", "lowbit"), ("q4_k", "gguf"), ("w8a8-smooth", "compressed-tensors"), ("ternary-rtn", "lowbit"),
+    ],
+)  # fmt: skip
+def test_natural_target(recipe, target):
+    """Without --to a result goes into the layout that the field has for it."""
+    assert recipes.parse(recipe).recipe.target == target
