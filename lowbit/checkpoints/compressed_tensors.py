@@ -302,12 +302,12 @@ class _Targets:
                     self.patterns.append((self._compiled(target.removeprefix("re:")), (scheme, layout)))
                 else:
                     self.exact.setdefault(target, (scheme, layout))
+        self.by_class = self.exact.get("Linear") or next((found for name, found in self.exact.items() if name.isidentifier()), None)
 
     def find(self, module: str) -> tuple[Scheme, str]:
         if len(self.groups) == 1:
             return self.groups[0][1:]
-        by_class = self.exact.get("Linear") or next((found for name, found in self.exact.items() if name.isidentifier()), None)
-        found = self.exact.get(module) or next((found for pattern, found in self.patterns if self._matches(pattern, module)), None) or by_class
+        found = self.exact.get(module) or next((found for pattern, found in self.patterns if self._matches(pattern, module)), None) or self.by_class
         if found is None:
             raise CheckpointError(f"{self.path}: {module} is packed, but no config group targets it.")
         return found

@@ -535,7 +535,9 @@ def _rope_config(arch: Arch, values: Mapping[str, object], config: Mapping, rope
 
 
 def _scaling_of_factors(factors: Tensor, theta: float, config: Mapping) -> dict:
-    """rope_scaling of the divisors that a file stores: llama 3's own settings if they give these numbers, else the numbers themselves."""
+    """rope_scaling of the divisors that a file stores: llama 3's own settings if they give these numbers, else the numbers themselves. ValueError for what divides nothing."""
+    if not bool((factors > 0).all()):
+        raise ValueError(f"a divisor of the rope is {factors.min().item()}")
     rope = {
         "rope_type": "llama3",
         "factor": shortest(factors.max().item()),

@@ -8,9 +8,9 @@ from pathlib import Path
 import transformers
 
 from ..checkpoints import Checkpoint
-from ..checkpoints.checkpoint import plain_config
 from ..checkpoints.gguf import write_tokenizer
 from ..errors import CheckpointError, foreign_errors
+from ..models import skeleton as sk
 from ..progress import SILENT, Progress
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -60,7 +60,7 @@ def base_name(model: object, path: Path) -> str:
 def load_tokenizer(checkpoint: Checkpoint, scratch: Path):
     """The model's own tokenizer; a GGUF file's is written to scratch first. No remote code is run."""
     folder = checkpoint.path
-    plain_config(checkpoint.config, folder)  # which transformers reads, too
+    sk.read_config(checkpoint)  # which transformers does, too, in other words
     if checkpoint.kind == "gguf":
         folder = scratch / "tokenizer"
         folder.mkdir(exist_ok=True)

@@ -39,7 +39,7 @@ DEFAULT_RECIPES = (
     "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k",
 )  # fmt: skip
 GROUP_SIZES = (128, 64, 32, 16)  # tried in turn where a group does not divide a matrix
-MOST_MODULES = 200_000  # of a config alone; the largest models have some thousands
+MOST_MODULES = 20_000  # of a config alone; the largest models have some thousands
 BATCH_TOKENS = 512  # of llama.cpp's and of our own passes over a prompt
 PROGRAM_BYTES = 300_000_000  # RssAnon of a Python process with torch and transformers, less the model's (pipeline/latency.py); llama.cpp's takes less
 _CONTEXT_FREE = ("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding")
