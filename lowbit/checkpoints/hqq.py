@@ -32,7 +32,6 @@ FLAGS = {
 TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
 PARTS = ("W_q", "scale", "zero", "nbits", "group_size", "axis", "shape", *TEXTS, *FLAGS)
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-LONGEST_TEXT = 64
 
 
 def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
@@ -100,6 +99,7 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], 
 
 def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as an HQQ folder; folder must exist and be empty. Raises as check does, before any work."""
+    safetensors.require_quantized(checkpoint, KIND)
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
 
@@ -145,16 +145,20 @@ def open_folder(path: Path) -> Checkpoint:
 
 def _open_module(module: str, tensors: Mapping[str, LazyTensor], config: dict, path: Path) -> LazyQuantized:
     found = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors}
-    if missing := [part for part in ("scale", "zero", "nbits", "group_size", "axis", "shape", "packing") if part not in found]:
+    if missing := [part for part in PARTS if part not in found]:  # hqq itself asks for all of them
         raise CheckpointError(f"{path}: {module} has no {missing[0]}. The download is incomplete, or hqq wrote it without its encoded state.")
     bits, size, axis = (_number(found[part], f"{module}.{part}", path) for part in ("nbits", "group_size", "axis"))
     sides = found["shape"].load().tolist() if found["shape"].dtype == torch.int64 and found["shape"].shape == (2,) else []
     if len(sides) != 2 or not all(0 < side < 1 << 40 for side in sides) or bits not in PACKING or axis not in (0, 1) or not 0 < size <= sides[0] * sides[1]:
         raise CheckpointError(f"{path}: {module} has shape {sides}, {bits} bits, groups of {size} along axis {axis}; expected [N, K], 1, 2, 3, 4 or 8 bits and axis 0 or 1.")
     rows, columns = sides
-    if found["packing"].numel > LONGEST_TEXT or bytes(found["packing"].load().to(torch.uint8).tolist()) != PACKING[bits].encode():
-        raise CheckpointError(f"{path}: {module}.packing is not {PACKING[bits]}, which {bits} bits have.")
-    if flag := next((name for name in ("view_as_float", "quant_scale", "quant_zero") if name in found and _number(found[name], f"{module}.{name}", path)), None):
+    expected = (PACKING[bits], "torch.int32" if bits == 3 else "torch.uint8", str(found["scale"].dtype))
+    for part, text in zip(TEXTS, expected, strict=True):
+        lazy = found[part]
+        if len(lazy.shape) != 1 or lazy.dtype != torch.uint8 or lazy.numel != len(text) or bytes(lazy.load().tolist()) != text.encode():
+            raise CheckpointError(f"{path}: {module}.{part} is not {text!r} in ASCII codes, which {bits} bits with scales in {found['scale'].dtype} have.")
+    flags = {name: _number(found[name], f"{module}.{name}", path) for name in FLAGS}
+    if flag := next((name for name in ("view_as_float", "quant_scale", "quant_zero") if flags[name]), None):
         raise CheckpointError(f"{path}: {module} has {flag} set, which this version does not read.")
     if (columns if axis == 1 else rows * columns) % size:
         raise CheckpointError(f"{path}: {module}: groups of {size} along axis {axis} do not divide {[rows, columns]}, which this version does not read.")
@@ -180,6 +184,6 @@ def _open_module(module: str, tensors: Mapping[str, LazyTensor], config: dict, p
 
 
 def _number(lazy: LazyTensor, name: str, path: Path) -> int:
-    if lazy.numel != 1 or lazy.dtype not in (torch.int32, torch.int64, torch.uint8):
+    if lazy.shape != () or lazy.dtype not in (torch.int32, torch.int64, torch.uint8):
         raise CheckpointError(f"{path}: {name} is {lazy.dtype} {list(lazy.shape)}; expected one whole number (1.58 bits are not read).")
-    return int(lazy.load())
+    return int(lazy.load().reshape(()))

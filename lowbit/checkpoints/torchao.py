@@ -74,6 +74,7 @@ def _describe(scheme: Scheme, shape: tuple[int, int], dtype: str) -> dict:
 
 def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as a torchao folder; folder must exist and be empty. Raises as check does, before any work."""
+    safetensors.require_quantized(checkpoint, KIND)
     texts = {}
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)

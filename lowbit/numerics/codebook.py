@@ -64,7 +64,7 @@ def absmax(qt: QuantizedTensor) -> Tensor:
         return qt.parts["absmax"].view(-1)
     codes = qt.parts["absmax_codes"]
     values = dynamic_table(codes.device)[codes.int()]
-    return values * qt.parts["nested_absmax"].repeat_interleave(qt.scheme.nested)[: len(codes)] + qt.parts["nested_offset"]
+    return values * qt.parts["nested_absmax"].repeat_interleave(min(qt.scheme.nested, len(codes)))[: len(codes)] + qt.parts["nested_offset"]
 
 
 def nest(absmax: Tensor, size: int) -> dict[str, Tensor]:

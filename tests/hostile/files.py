@@ -457,7 +457,7 @@ GGUFS = (
     Case("tensor name with a path", replaced("../../x", 0, (2,), bytes(8)), "a name that might become a path", "'../../x' is not one of"),
     Case("embedding of three dimensions", replaced("token_embd.weight", 0, (2, 2, 2), bytes(32)), "a shape that is no matrix", "a matrix or a dense vector belongs there"),
     Case("norm of blocks", replaced("output_norm.weight", 2, (64,), bytes(36)), "a quantized vector", "a matrix or a dense vector belongs there"),
-    Case("matrix of integers", replaced("blk.0.attn_k.weight", 26, (64, 64), bytes(64 * 64 * 4)), "what no decoder knows", "gguf-py cannot decode", late=True),
+    Case("matrix of integers", replaced("blk.0.attn_k.weight", 26, (64, 64), bytes(64 * 64 * 4)), "what no decoder knows", "weights are floats or blocks of them", late=True),
     Case("rope factors of two dimensions", replaced("rope_freqs.weight", 0, (4, 4), bytes(64)), "a shape that is no vector", "expected a vector of F32"),
     Case("rope factors of zeros", replaced("rope_freqs.weight", 0, (8,), bytes(32)), "a division by zero", "a divisor of the rope is 0.0"),
     Case("rope factors of NaN", replaced("rope_freqs.weight", 0, (8,), b"\xff" * 32), "numbers that are none", "a divisor of the rope is nan"),

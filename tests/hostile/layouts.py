@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -108,6 +110,16 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
             ("auto-round", "auto-round", _ints(2)),
             ("bitsandbytes-nf4", "bitsandbytes", Scheme("nf4", 4, (1, 64), nested=256)),
             ("bitsandbytes-fp4", "bitsandbytes", Scheme("fp4", 4, (1, 64))),
+            ("hqq", "hqq", Scheme(bits=4, block=(1, 32), symmetric=False, zero_dtype="float", scale_dtype="float16")),
+            ("hqq-axis0", "hqq", Scheme(bits=3, block=(32, 1), symmetric=False, zero_dtype="float", scale_dtype="float16")),
+            ("aqlm", "aqlm", numerics.scheme_of("aqlm_2x8")),
+            ("bitnet", "bitnet", Scheme("ternary", 2, (-1, -1), scale_dtype="float16", act=Activation(range="textbook"))),
+            ("torchao", "torchao", _ints(4, symmetric=False)),
+            ("torchao-fp8", "torchao", numerics.scheme_of("fp8_e4m3")),
+            ("lowbit-integers", "lowbit", replace(_ints(3, symmetric=False), outliers=2)),
+            ("lowbit-lattice", "lowbit", numerics.scheme_of("e8p3")),
+            ("lowbit-nested", "lowbit", Scheme("nf4", 4, (1, 64), nested=256)),
+            ("lowbit-static", "lowbit", _ints(8, act=Activation(per="tensor", static=True))),
             ("bitsandbytes-int8", "bitsandbytes", _ints(8, block=(1, -1), scale_dtype="float32", act=Activation(range="textbook", threshold=6.0))),
         )
     },
@@ -143,12 +155,15 @@ class Damaged:
         folder.mkdir()
         for file in sound.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-        self.tensors = load_file(sound / "model.safetensors")
+        self.name = next(file.name for file in sound.glob("*.safetensors"))
+        self.tensors = load_file(sound / self.name)
+        with safe_open(sound / self.name, "pt") as stored:
+            self.metadata = stored.metadata()
         self.config = json.loads((sound / "config.json").read_text())
 
     def write(self, tensors: dict[str, Tensor] | None = None, config: dict | None = None) -> Path:
         """The folder with these tensors and this config; what is not given is sound."""
-        save_file({name: t.contiguous() for name, t in (self.tensors if tensors is None else tensors).items()}, self.folder / "model.safetensors", metadata={"format": "pt"})
+        save_file({name: t.contiguous() for name, t in (self.tensors if tensors is None else tensors).items()}, self.folder / self.name, metadata=self.metadata)
         return self.write_config(self.config if config is None else config)
 
     def write_config(self, config: dict) -> Path:
