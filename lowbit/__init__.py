@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .pipeline.convert import convert
     from .pipeline.evaluate import compare, evaluate
+    from .pipeline.imatrix import imatrix
     from .pipeline.plan import plan
     from .pipeline.quantize import quantize
 
@@ -26,13 +27,14 @@ _PUBLIC = {
     "convert": "pipeline.convert",
     "evaluate": "pipeline.evaluate",
     "compare": "pipeline.evaluate",
+    "imatrix": "pipeline.imatrix",
     "plan": "pipeline.plan",
     "Scheme": "scheme",
     "Recipe": "recipe",
     "LowbitError": "errors",
 }
 
-__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "open", "plan", "quantize"]
+__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "imatrix", "open", "plan", "quantize"]
 
 
 def open(path):

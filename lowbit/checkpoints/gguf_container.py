@@ -12,15 +12,18 @@ in the file and decoded when asked for, so that copying it changes nothing. Spec
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
 
 from ..errors import CheckpointError
 
@@ -28,22 +31,6 @@ _MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _TYPE_IDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
-
-
-class Stored(Protocol):
-    """What a header says of a tensor; shape in torch's order."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def type_id(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +45,21 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.rows.size
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor to write. shape: in torch's order. load gives its bytes in pieces (one per expert of a stack)."""
+
+    name: str
+    type_id: int
+    shape: tuple[int, ...]
+    load: tuple[Callable[[], Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self.type_id)]
+        return math.prod(self.shape) // block * block_bytes
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,35 @@ def pack_value(kind: str, value: Any) -> bytes:
     return struct.pack("<I" + _SCALARS[_TYPE_IDS[kind]], _TYPE_IDS[kind], value)
 
 
-def header_bytes(raw: Mapping[str, bytes], tensors: Sequence[Stored], alignment: int) -> bytes:
+def write_file(path: Path, raw: Mapping[str, bytes], tensors: Sequence[Planned], *, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Write a GGUF file, tensor by tensor, to a temporary sibling that is renamed at the end; raw: its metadata. progress is told the bytes of each tensor."""
+    alignment = decode_value(raw["general.alignment"]) if "general.alignment" in raw else 32
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(header_bytes(raw, tensors, alignment))
+            for tensor in tensors:
+                _write_tensor(file, tensor, alignment)
+                progress(tensor.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_tensor(file, tensor: Planned, alignment: int) -> None:
+    written = 0
+    for load in tensor.load:
+        data = load().contiguous().reshape(-1).view(torch.uint8).numpy()
+        file.write(data.data)
+        written += data.nbytes
+    if written != tensor.nbytes:
+        raise CheckpointError(f"{tensor.name}: {written:,} bytes were loaded and {tensor.nbytes:,} expected for {list(tensor.shape)}; the weight has another shape than announced.")
+    file.write(bytes(-written % alignment))
+
+
+def header_bytes(raw: Mapping[str, bytes], tensors: Sequence[Planned], alignment: int) -> bytes:
     """Everything before the first tensor's bytes."""
     parts = [_MAGIC, struct.pack("<IQQ", 3, len(tensors), len(raw))]
     parts += [pack_value("string", key)[4:] + value for key, value in raw.items()]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..checkpoints.checkpoint import CHUNK_BYTES
 from ..errors import JobError, ResourceError
 from ..models.linears import Linear
 from ..progress import Progress
+from ..stats import LayerStats
 from ..tensor import QuantizedTensor
 from .job import temporary, work_folder
 from .recipes import LayerPlan
@@ -82,22 +84,22 @@ def _turned(checkpoint: Checkpoint, name: str) -> LazyTensor:
     return LazyTensor(entry.shape[::-1], entry.dtype, lambda start, stop: checkpoint.dense(name).T[start:stop])
 
 
-def with_rounded(checkpoint: Checkpoint, plans: dict[str, LayerPlan]) -> Checkpoint:
-    """The checkpoint with some of its matrices (embedding, head) rounded as planned when they are read, a chunk of rows at a time."""
+def with_rounded(checkpoint: Checkpoint, plans: dict[str, LayerPlan], importance: Mapping[str, LayerStats] = MappingProxyType({})) -> Checkpoint:
+    """The checkpoint with some of its matrices (embedding, head) rounded as planned when they are read, a chunk of rows at a time; importance: statistics of theirs, where known."""
     quantized = dict(checkpoint.quantized)
     for name, plan in plans.items():
-        quantized[name] = _rounded(checkpoint.lazy(name), plan)
+        quantized[name] = _rounded(checkpoint.lazy(name), plan, importance.get(name))
     return replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n not in plans}, quantized=quantized)
 
 
-def _rounded(lazy: LazyTensor, plan: LayerPlan) -> LazyQuantized:
+def _rounded(lazy: LazyTensor, plan: LayerPlan, stats: LayerStats | None) -> LazyQuantized:
     rows, columns = lazy.shape
     whole = plan.scheme.block == (-1, -1) or not numerics.entry(plan.scheme).rowwise(plan.scheme, columns)  # something is shared by all rows: they are needed together
     chunk = rows if whole else max(1, CHUNK_BYTES // (columns * 4))
     dtype = str(lazy.dtype).removeprefix("torch.")
 
     def some(start: int, stop: int) -> QuantizedTensor:
-        made = algorithm(plan.algorithm).run(lazy.read(start, min(stop, rows)), plan.scheme, None, plan.options, [])
+        made = algorithm(plan.algorithm).run(lazy.read(start, min(stop, rows)), plan.scheme, stats, plan.options, [])
         return QuantizedTensor(plan.scheme, made.shape, dtype, made.parts)
 
     def load() -> QuantizedTensor:

@@ -443,6 +443,13 @@ def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[s
     return plans
 
 
+def weighted(recipe: Recipe) -> Recipe:
+    """The recipe with all its plain rounding weighted by importance."""
+    own = lambda algorithm, options: {**options, "weighted": True} if algorithm == "rtn" else options
+    rules = tuple(replace(rule, options=own(rule.algorithm or recipe.algorithm, rule.options)) for rule in recipe.rules)
+    return replace(recipe, options=own(recipe.algorithm, recipe.options), rules=rules)
+
+
 def _mixed(recipe: Recipe, shapes: dict[str, tuple[int, int]], config: dict | None) -> dict[str, Scheme]:
     """The scheme that the recipe's mixture gives to each weight; empty without one."""
     if recipe.mixture is None:
