@@ -23,7 +23,7 @@ from ..tensor import QuantizedTensor, matrix_shape
 from . import gguf_arch, gguf_mixtures, gguf_other, gguf_tokenizer
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .gguf_arch import ROPE_TENSORS, Arch, Place
-from .gguf_container import Header, Metadata, Planned, TensorInfo, pack_value, read_header, write_file
+from .gguf_container import Header, Metadata, Planned, TensorInfo, pack_value, read_header, write_file, write_split
 
 __all__ = ["check", "fallback", "open_file", "read_header", "supported", "write", "write_tokenizer"]
 
@@ -71,7 +71,7 @@ def open_file(path: Path) -> Checkpoint:
                 quantized[name] = entry
             else:
                 tensors[name] = entry
-    return Checkpoint("gguf", path, config, tensors, quantized, provenance=_provenance(header))
+    return Checkpoint("gguf", header.path, config, tensors, quantized, provenance=_provenance(header))
 
 
 def _open_other(header: Header, name: str, metadata: Mapping) -> Checkpoint:
@@ -225,8 +225,10 @@ def write_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
 # ------------------------------------------------------------------------------------------------------------------ writing
 
 
-def write(checkpoint: Checkpoint, path: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, path: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a model as a GGUF file that llama.cpp loads; tensor by tensor, to a temporary sibling that is renamed at the end.
+
+    shard_bytes: path is an empty folder then, and gets files model-00001-of-0000N.gguf of about that size; llama.cpp is given the first.
 
     Vectors, norms and routers become F32; other dense matrices keep their dtype; ggml blocks are written as they are; integers are
     packed into the block type of enough bits (see check). Quantized matrices are [out_features, in_features], also GPT-2's.
@@ -242,7 +244,10 @@ def write(checkpoint: Checkpoint, path: Path, *, progress: Callable[[int], None]
     raw |= _importance_metadata(checkpoint.provenance)
     if checkpoint.provenance:
         raw[PROVENANCE] = pack_value("string", json.dumps(checkpoint.provenance, sort_keys=True, ensure_ascii=False))
-    write_file(path, raw, planned, progress=progress)
+    if shard_bytes is None:
+        write_file(path, raw, planned, progress=progress)
+    else:
+        write_split(path, raw, planned, shard_bytes=shard_bytes, progress=progress)
 
 
 def supported(config: dict) -> None:

@@ -5,6 +5,9 @@
     n_tensors times  string name, u32 n_dims, u64 dims (fastest first), u32 ggml type, u64 offset
     zeros up to general.alignment (32), then the tensors, each padded to it
 
+A model may lie in several files, NAME-00001-of-0000N.gguf: the first has the metadata, each says split.no (from 0), split.count and
+split.tensors.count (of all together).
+
 Files are memory-mapped; the header is checked against the file's size before anything is read by it. Metadata is kept as the bytes
 in the file and decoded when asked for, so that copying it changes nothing. Specification: ggml/docs/gguf.md.
 """
@@ -25,12 +28,14 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 
 _MAGIC = b"GGUF"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_MOST_PARTS = 65_535  # split.count is u16
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_TYPE_IDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
+_TYPE_IDS = {"u16": 2, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
 
 
 @dataclass(frozen=True)
@@ -99,24 +104,37 @@ class Metadata(Mapping):
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a GGUF file; the parts of a split file become one. Raises CheckpointError for a damaged file."""
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if not match:
+    """Read and check the header of a GGUF file; the parts of a split file become one, whichever is named. Raises CheckpointError for a damaged file."""
+    files = parts_of(path)
+    if not _PART.fullmatch(path.name):
         header = _read_part(path)
         if (header.get("split.count") or 1) != 1:
             raise CheckpointError(f"{path} is one part of {header.get('split.count')}; give the parts their names back (NAME-00001-of-0000N.gguf).")
         return header
-    parts = [_read_part(path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf")) for i in range(1, int(match[3]) + 1)]
+    if path not in files:
+        raise CheckpointError(f"{path}: there is no such part of {len(files)} files; the parts of a split GGUF are called NAME-00001-of-0000N.gguf, ..., NAME-0000N-of-0000N.gguf.")
+    parts = [_read_part(file) for file in files]
     tensors: dict[str, TensorInfo] = {}
+    for number, part in enumerate(parts):
+        for key, named in (("split.no", number), ("split.count", len(parts))):
+            said = part.get(key)
+            if said is not None and said != named and not (len(parts) == 1 and said == 0):
+                raise CheckpointError(f"{part.path}: {key} is {said!r}, and by its name it would be {named}. The parts do not belong together, or were renamed.")
     for part in parts:
         twice = tensors.keys() & part.tensors.keys()
         if twice:
             raise CheckpointError(f"{part.path}: tensor {min(twice)!r} is in an earlier part of the split file too.")
         tensors.update(part.tensors)
-    expected = parts[0].get("split.tensors.count") if parts else None
+    expected = parts[0].get("split.tensors.count")
     if expected is not None and expected != len(tensors):
         raise CheckpointError(f"{path}: the parts of the split file hold {len(tensors)} tensors together; the first one says {expected}.")
     return Header(parts[0].path, parts[0].raw, tensors)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model in GGUF, by any of them: path itself, or of a split one all parts in order (whether they are there or not)."""
+    match = _PART.fullmatch(path.name)
+    return [path] if not match else [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1)]
 
 
 def _read_part(path: Path) -> Header:
@@ -295,6 +313,25 @@ def write_file(path: Path, raw: Mapping[str, bytes], tensors: Sequence[Planned],
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_split(folder: Path, raw: Mapping[str, bytes], tensors: Sequence[Planned], *, shard_bytes: int, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Write model-00001-of-0000N.gguf, ... into folder, each with at most shard_bytes of tensors, or with a single one that is larger; see write_file."""
+    parts: list[list[Planned]] = [[]]
+    room = shard_bytes
+    for tensor in tensors:
+        if parts[-1] and tensor.nbytes > room:
+            parts.append([])
+            room = shard_bytes
+        parts[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(parts) > _MOST_PARTS:
+        raise RecipeError(f"shards of {shard_bytes:,} bytes would be {len(parts):,} files, and a GGUF has at most {_MOST_PARTS:,}. Take a larger --max-shard-size.")
+    shared = {key: raw[key] for key in ("general.alignment",) if key in raw}
+    for number, part in enumerate(parts):
+        split = {"split.no": ("u16", number), "split.count": ("u16", len(parts)), "split.tensors.count": ("i32", len(tensors))}
+        values = {**(raw if number == 0 else shared), **{key: pack_value(kind, value) for key, (kind, value) in split.items()}}
+        write_file(folder / f"model-{number + 1:05d}-of-{len(parts):05d}.gguf", values, part, progress=progress)
 
 
 def _write_tensor(file, tensor: Planned, alignment: int) -> None:

@@ -163,8 +163,8 @@ class ShardWriter:
     expect (an estimate; a full header only begins a new shard). Nothing has its final name before close(). Same tensors, same bytes.
     """
 
-    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, *, entries: int, max_bytes: int | None = None) -> None:
+        self.folder, self.max_bytes = folder, SHARD_BYTES if max_bytes is None else max_bytes
         self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8)
         self._file: BinaryIO | None = None
         self._shards: list[tuple[Path, list[str]]] = []
@@ -259,13 +259,20 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
 
 
 def write_packed(
-    checkpoint: Checkpoint, folder: Path, stored: Callable[[str], Mapping[str, Tensor | LazyTensor]], section: dict | None, *, entries: int, progress: Callable[[int], None]
+    checkpoint: Checkpoint,
+    folder: Path,
+    stored: Callable[[str], Mapping[str, Tensor | LazyTensor]],
+    section: dict | None,
+    *,
+    entries: int,
+    shard_bytes: int | None,
+    progress: Callable[[int], None],
 ) -> None:
     """Write a folder whose quantized matrices are several tensors each: stored(name) gives them, section is config.json's quantization_config, entries how many a matrix has.
 
     Tensors are streamed by name in natural order.
     """
-    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized)) as writer:
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized), max_bytes=shard_bytes) as writer:
         for name in sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key):
             for key, tensor in ({name: checkpoint.tensors[name]} if name in checkpoint.tensors else stored(name)).items():
                 progress(writer.add(key, tensor))
@@ -291,12 +298,12 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, section: dict | None
     write_text(folder / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
 
 
-def write_folder(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write_folder(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write every weight dense, as a plain Hugging Face folder that any program loads; quantized weights are decoded to their own dtype.
 
-    folder must exist and be empty. progress is told the bytes written by each step.
+    folder must exist and be empty. shard_bytes: of a file at most (None: SHARD_BYTES). progress is told the bytes written by each step.
     """
-    with ShardWriter(folder, entries=len(checkpoint.tensors) + len(checkpoint.quantized)) as writer:
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + len(checkpoint.quantized), max_bytes=shard_bytes) as writer:
         for name in (*checkpoint.tensors, *checkpoint.quantized):
             progress(writer.add(name, checkpoint.lazy(name) if name in checkpoint.tensors else checkpoint.dense(name)))
     _write_side_files(checkpoint, folder, None)

@@ -33,6 +33,10 @@ CalibrationText = Annotated[str | None, typer.Option("--calibration", help='Text
 Samples = Annotated[int | None, typer.Option(help="Calibration windows (default 128).", min=1, show_default=False)]
 Length = Annotated[int | None, typer.Option(help="Tokens per window (default 2048 or the model's limit).", min=2, show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a job that was stopped; the result has the same bytes.")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--max-shard-size", help="Of a file at most, such as 5GB (default: 4.5GB; of a GGUF: one file). A GGUF becomes a folder of several.", show_default=False),
+]
 Seed = Annotated[int, typer.Option(help="For everything that is drawn by chance.")]
 
 
@@ -102,6 +106,7 @@ def quantize(
     dtype: Dtype = None,
     threads: Threads = None,
     seed: Seed = 0,
+    max_shard_size: Shard = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -134,7 +139,7 @@ def quantize(
     try:
         result = run(
             model, recipe, output, target_name=to, calibration=calibration, imatrix=imatrix, n_samples=n_samples, seq_len=seq_len,
-            device=device, dtype=dtype, seed=seed, resume=resume, overwrite=overwrite, progress=progress,
+            device=device, dtype=dtype, seed=seed, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt:
         _stopped()
@@ -354,19 +359,22 @@ def convert(
     to: Annotated[str, typer.Option(help="compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes or safetensors.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder or .gguf file.", show_default=False)],
     outside: Annotated[str | None, typer.Option(help="A ggml type or cast for embedding and head, e.g. q8_0 (default: kept).", show_default=False)] = None,
+    max_shard_size: Shard = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint in another layout; the codes stay as they are, and what a layout cannot hold is refused.
 
-    Example:
+    Examples:
 
       lowbit convert out --to gguf --outside q8_0 -o out.gguf
+
+      lowbit convert model.gguf --to gguf --max-shard-size 5GB -o parts
     """
     _prepare(None)
     from ..pipeline.convert import convert as run
     from .console import BarProgress, out
 
-    path = run(model, to, output, outside=outside, overwrite=overwrite, progress=BarProgress())
+    path = run(model, to, output, outside=outside, max_shard_size=max_shard_size, overwrite=overwrite, progress=BarProgress())
     out.print(f"[bold]{path}[/]  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else f"[bold]{path}[/]", highlight=False)
 
 

@@ -18,15 +18,25 @@ from ..scheme import INT
 from ..tensor import QuantizedTensor
 from . import recipes, resources
 from .locate import locate
-from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, with_rounded, write
+from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
 
 
-def convert(path: str | Path, target_name: str, output: str | Path, *, outside: str | None = None, overwrite: bool = False, progress: Progress = SILENT) -> Path:
+def convert(
+    path: str | Path,
+    target_name: str,
+    output: str | Path,
+    *,
+    outside: str | None = None,
+    max_shard_size: int | str | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
     """Write a checkpoint in another layout; quantized matrices keep their codes (refused where the layout cannot hold them).
 
-    outside: a scheme for embedding and head ("q8_0"), which are otherwise kept. Streams tensor by tensor.
+    outside: a scheme for embedding and head ("q8_0"), which are otherwise kept. max_shard_size: as in quantize. Streams tensor by tensor.
     """
     output = Path(output)
+    shard_bytes = shard_bytes_of(max_shard_size, target_name, output)
     if output.exists() and not overwrite:
         raise JobError(f"{output} exists already. Choose another -o, or --overwrite.")
     located = locate(path, progress=progress)
@@ -51,8 +61,8 @@ def convert(path: str | Path, target_name: str, output: str | Path, *, outside: 
     resources.require_disk(output.absolute().parent, checkpoint.tensor_bytes, purpose="This conversion")
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
         if checkpoint.kind == "gguf" and target_name != "gguf":
-            checkpoint = replace(checkpoint, files=write_tokenizer(located, Path(scratch)))
-        write(checkpoint, target_name, output, progress, overwrite=overwrite)
+            checkpoint = replace(checkpoint, files=write_tokenizer(checkpoint.path, Path(scratch)))
+        write(checkpoint, target_name, output, progress, overwrite=overwrite, shard_bytes=shard_bytes)
     return output
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, LazyQuantized, gguf, gguf_arch, open_checkpoint
+from ..checkpoints import Checkpoint, LazyQuantized, gguf, gguf_arch, open_checkpoint, weight_files
 from ..checkpoints.safetensors import natural_key
 from ..errors import CheckpointError, RecipeError
 
@@ -98,7 +97,7 @@ def inspect(path: str | Path) -> Inspection:
         formats=_totals(rows),
         weights=weights,
         tensor_bytes=size,
-        file_bytes=sum(file.stat().st_size for file in _weight_files(checkpoint.path)),
+        file_bytes=sum(file.stat().st_size for file in weight_files(checkpoint.path)),
         bits_per_weight=8 * size / max(1, weights),
         files=tuple(file.name for file in checkpoint.files),
         provenance=checkpoint.provenance,
@@ -184,15 +183,6 @@ def _totals(rows: tuple[TensorRow, ...]) -> dict[str, FormatTotal]:
         old = totals.get(row.format, FormatTotal(0, 0, 0))
         totals[row.format] = FormatTotal(old.tensors + 1, old.weights + _numel(row), old.size_bytes + row.size_bytes)
     return dict(sorted(totals.items(), key=lambda item: -item[1].size_bytes))
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(path.glob("*.safetensors"))
-    split = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
-    if not split:
-        return [path]
-    return [path.with_name(f"{split[1]}-{number:05d}-of-{split[2]}.gguf") for number in range(1, int(split[2]) + 1)]
 
 
 def _find(checkpoint: Checkpoint, name: str) -> str:

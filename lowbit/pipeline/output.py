@@ -18,25 +18,47 @@ from .. import numerics
 from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
 from ..checkpoints.checkpoint import CHUNK_BYTES
-from ..errors import JobError, ResourceError
+from ..errors import JobError, RecipeError, ResourceError
 from ..models.linears import Linear
 from ..progress import Progress
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
 from .job import temporary, work_folder
 from .recipes import LayerPlan
+from .resources import parse_size
 
 
-def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, whole: Callable[[], None] = lambda: None) -> None:
+def shard_bytes_of(size: int | str | None, target_name: str, output: Path) -> int | None:
+    """The largest size of a file in bytes, from what a user writes (5GB, a number of bytes; None: the target's own)."""
+    if size is None:
+        return None
+    found = size if isinstance(size, int) else parse_size(size)
+    if found < 1:
+        raise RecipeError(f"max_shard_size is {size!r}; expected a size such as 5GB or 500MB.")
+    if target(target_name).suffix and output.suffix == target(target_name).suffix:
+        raise RecipeError(f"with a shard size the model becomes several files, which go into a folder, and {output} is named like a file. Give -o a folder's name, and --to {target_name}.")
+    return found
+
+
+def write(
+    checkpoint: Checkpoint,
+    target_name: str,
+    output: Path,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    shard_bytes: int | None = None,
+    whole: Callable[[], None] = lambda: None,
+) -> None:
     """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it."""
     kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
     _delete(draft)
     draft.parent.mkdir(parents=True, exist_ok=True)
-    if not kind.suffix:
+    if not kind.suffix or shard_bytes is not None:
         draft.mkdir()
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
-            kind.write(checkpoint, draft, progress=advance)
+            kind.write(checkpoint, draft, shard_bytes=shard_bytes, progress=advance)
         except BaseException:
             _delete(draft)
             raise

