@@ -245,7 +245,7 @@ def test_q4_k_falls_back_and_says_so(save_model, tmp_path):
     assert open_checkpoint(result.path).quantized["model.layers.0.mlp.up_proj.weight"].scheme.format == "q5_0"
 
 
-@pytest.mark.parametrize(("recipe", "file_type"), [("q4_k_m", 15), ("q3_k_l-gptq", 13), ("q2_k_s-weighted", 21)])
+@pytest.mark.parametrize(("recipe", "file_type"), [("q4_k_m", 15), ("q3_k_l-gptq", 13), ("q2_k_s", 21)])
 def test_a_mixture_is_written_as_llama_quantize_would(save_model, text_file, tmp_path, recipe, file_type):
     """The types of oracles/mixtures.json for a Llama of this shape."""
     folder = save_model("llama", tmp_path / "m", hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
@@ -263,7 +263,7 @@ def test_a_mixture_is_written_as_llama_quantize_would(save_model, text_file, tmp
 
 def test_q2_k_s_without_importance_is_refused(save_model, tmp_path):
     folder = save_model("llama", tmp_path / "m", hidden_size=256, intermediate_size=256)
-    refused(RecipeError, "q2_k_s leaves 21 matrices in Q2_K, which are garbage without importance .* Use q2_k_s-weighted", folder, "q2_k_s", tmp_path / "out.gguf")
+    refused(RecipeError, "q2_k_s leaves 21 matrices in Q2_K, which are garbage without importance .* Use q2_k_s-weighted", folder, "q2_k_s-rtn", tmp_path / "out.gguf")
 
 
 # ---- files of a largest size
