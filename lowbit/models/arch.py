@@ -9,7 +9,6 @@ from ..errors import ModelError
 UNSUPPORTED = {
     "gemma3n": "its later blocks reuse the keys and values of earlier ones and every block takes an embedding of its own",
     "gemma3n_text": "its later blocks reuse the keys and values of earlier ones and every block takes an embedding of its own",
-    "gpt_oss": "its experts have biases and interleaved, transposed weights, which the expert driver does not handle yet",
     "mamba": "it is a state-space model without attention blocks and has not been tested",
     "mamba2": "it is a state-space model without attention blocks and has not been tested",
 }

@@ -181,7 +181,7 @@ def test_conversions_keep_every_value(save_model, tmp_path, stored):
     first = open_checkpoint(tmp_path / "gptq")
     source = tmp_path / "gptq"
     for kind in ("compressed-tensors", "awq", "auto-round", "gptq"):
-        source = convert(source, kind, tmp_path / f"to-{kind}")
+        source = convert(source, kind, tmp_path / f"to-{kind}").path
         made = open_checkpoint(source)
         assert made.kind == kind and set(made.quantized) == set(first.quantized)
         assert all(torch.equal(made.dense(name), first.dense(name)) for name in first.quantized)

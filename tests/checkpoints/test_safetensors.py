@@ -251,7 +251,7 @@ def test_bad_json(folder, name, text):
 
 def test_json_that_is_not_utf8_or_not_an_object(folder):
     (folder / "config.json").write_bytes(b'{"a": "\xff"}')
-    refused(folder, "config.json", "cannot be read as JSON")
+    refused(folder, "config.json", "cannot be read as UTF-8 text")
     (folder / "config.json").write_text("[1]")
     refused(folder, "config.json", "holds a JSON list; expected an object")
 

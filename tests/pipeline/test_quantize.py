@@ -53,7 +53,7 @@ def logits(stream):
 def test_every_architecture_goes_through(any_model, model_folder, text_file, tmp_path, logits):
     folder = model_folder(any_model)
     if any_model == "gpt2":
-        with pytest.raises(ModelError, match="Conv1D layers, which no program reads from compressed-tensors"):
+        with pytest.raises(ModelError, match="Conv1D layers .*, which no program reads from compressed-tensors"):
             run(folder, "int4-sym-g32-gptq", tmp_path / "out", text_file)
         return
     result = run(folder, "int4-sym-g32-gptq", tmp_path / "out", text_file)
@@ -281,7 +281,7 @@ def test_a_shard_size_is_kept(model_folder, tmp_path, recipe, target_name):
     assert ours.shapes() == theirs.shapes() and all(torch.equal(ours.dense(name), theirs.dense(name)) for name in theirs.shapes())
     assert made.provenance == whole.provenance
     for kind in ("gguf", "safetensors") if target_name == "gguf" else ("safetensors",):
-        again = convert(made.path, kind, tmp_path / f"again-{kind}", max_shard_size=20_000)
+        again = convert(made.path, kind, tmp_path / f"again-{kind}", max_shard_size=20_000).path
         assert len(list(again.glob("model-000??-of-*"))) > 2 and open_checkpoint(again).shapes() == theirs.shapes()
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.work"))
 
