@@ -57,7 +57,7 @@ def decode(packed: Tensor, scale: Tensor, scheme: Scheme, dtype: str) -> Quantiz
     return QuantizedTensor(scheme, (len(codes), codes.shape[1]), dtype, {"codes": codes, "scale": scale.reshape(1, 1)})
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as a BitNet folder; folder must exist and be empty. Raises as check does, before any work."""
     safetensors.require_quantized(checkpoint, KIND)
     for name, entry in checkpoint.quantized.items():
@@ -68,7 +68,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
         return {f"{name.removesuffix('weight')}{part}": value for part, value in encode(checkpoint.quantized[name].load(), biases).items()}
 
     section = {"quant_method": KIND, "linear_class": "bitlinear" if biases else "autobitlinear", "quantization_mode": "offline", "modules_to_not_convert": ["lm_head"], "use_rms_norm": False, "rms_norm_eps": 1e-6}
-    safetensors.write_packed(checkpoint, folder, stored, section, entries=2, progress=progress)
+    safetensors.write_packed(checkpoint, folder, stored, section, entries=2, shard_bytes=shard_bytes, progress=progress)
 
 
 def open_folder(path: Path) -> Checkpoint:

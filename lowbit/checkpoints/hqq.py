@@ -97,7 +97,7 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], 
     return QuantizedTensor(scheme, shape, dtype, {"codes": codes, "scale": parts["scale"].reshape(side), "zero_point": parts["zero"].reshape(side)})
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as an HQQ folder; folder must exist and be empty. Raises as check does, before any work."""
     safetensors.require_quantized(checkpoint, KIND)
     for name, entry in checkpoint.quantized.items():
@@ -106,7 +106,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
     def stored(name: str) -> dict[str, Tensor]:
         return {f"{name.removesuffix('weight')}{part}": value for part, value in encode(checkpoint.quantized[name].load()).items()}
 
-    safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=len(PARTS), progress=progress)
+    safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=len(PARTS), shard_bytes=shard_bytes, progress=progress)
 
 
 def _section(checkpoint: Checkpoint) -> dict:

@@ -72,7 +72,7 @@ def _describe(scheme: Scheme, shape: tuple[int, int], dtype: str) -> dict:
     return {"_type": FLOAT8, "_data": data, "_tensor_data_names": list(PARTS[:2])}
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as a torchao folder; folder must exist and be empty. Raises as check does, before any work."""
     safetensors.require_quantized(checkpoint, KIND)
     texts = {}
@@ -84,7 +84,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
         return {f"{name.removesuffix('weight')}_weight_{part}": value for part, value in encode(checkpoint.quantized[name].load()).items()}
 
     metadata = {**texts, "tensor_names": json.dumps(sorted(texts, key=safetensors.natural_key))}
-    safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=3, progress=progress, metadata=metadata)
+    safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=3, shard_bytes=shard_bytes, progress=progress, metadata=metadata)
 
 
 def _section(checkpoint: Checkpoint) -> dict:

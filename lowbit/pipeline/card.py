@@ -63,10 +63,11 @@ def _facts(checkpoint: Checkpoint, recipe: Mapping, provenance: Mapping) -> str:
 def _loading(checkpoint: Checkpoint, consumer: Consumer) -> str:
     name = f"{NAME}.gguf" if checkpoint.kind == "gguf" else NAME
     fence = "sh" if consumer.name == "llama.cpp" else "python"
+    file = f"{name}/{checkpoint.path.name}" if checkpoint.kind == "gguf" and not name.endswith(".gguf") else name  # the first part of a split one
     before = "".join(f"import os\nos.environ[{key!r}] = {value!r}\n" for key, value in consumer.environment.items())
     note = f"\n\n{consumer.note}" if consumer.note else ""
     own = "\n\nlowbit itself runs it, too: `model = lowbit.load(" + json.dumps(name) + ")`." if consumer.name != "transformers" else ""
-    return f"## Use\n\n`{consumer.install}`\n\n```{fence}\n{before}{consumer.lines(name)}\n```{note}{own}"
+    return f"## Use\n\n`{consumer.install}`\n\n```{fence}\n{before}{consumer.lines(file)}\n```{note}{own}"
 
 
 def _layer_errors(provenance: Mapping) -> str:

@@ -101,7 +101,7 @@ def verify(path: str | Path, *, python: str | None = None, write: bool = True, p
         found.failed_to_run = True
         found.notes.append(f"{consumer.name} is not installed here ({', '.join(missing)}): {consumer.install}")
     elif consumer.name == "llama.cpp":
-        _with_llama_cpp(skeleton, located, found, progress)
+        _with_llama_cpp(skeleton, checkpoint.path, found, progress)
     else:
         _with_process(skeleton, located, consumer, python, found, progress)
     verdict = FAILED if found.problems else NOT_RUN if found.failed_to_run else PASSED

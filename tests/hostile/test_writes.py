@@ -161,7 +161,7 @@ def test_files_beside_the_weights_are_copied_by_content(tmp_path):
     (model / "tokenizer.json").symlink_to("real.json")  # inside of the folder: allowed
     (model / "evil.py").write_text("raise SystemExit")
     out = convert(model, "safetensors", tmp_path / "out").path
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "lowbit.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "lowbit.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert not (out / "tokenizer.json").is_symlink() and json.loads((out / "tokenizer.json").read_text()) == layouts.tokenizer()
     (tmp_path / "to").mkdir()
     copy_files([model / "tokenizer.json"], tmp_path / "to")
