@@ -152,7 +152,7 @@ def _open_module(module: str, tensors: Mapping[str, LazyTensor], config: dict, p
     if len(sides) != 2 or not all(0 < side < 1 << 40 for side in sides) or bits not in PACKING or axis not in (0, 1) or not 0 < size <= sides[0] * sides[1]:
         raise CheckpointError(f"{path}: {module} has shape {sides}, {bits} bits, groups of {size} along axis {axis}; expected [N, K], 1, 2, 3, 4 or 8 bits and axis 0 or 1.")
     rows, columns = sides
-    if found["packing"].numel > LONGEST_TEXT or bytes(found["packing"].load().to(torch.uint8).tolist()) != PACKING[bits].encode():
+    if found["packing"].numel > LONGEST_TEXT or bytes(found["packing"].load().flatten().to(torch.uint8).tolist()) != PACKING[bits].encode():
         raise CheckpointError(f"{path}: {module}.packing is not {PACKING[bits]}, which {bits} bits have.")
     if flag := next((name for name in ("view_as_float", "quant_scale", "quant_zero") if name in found and _number(found[name], f"{module}.{name}", path)), None):
         raise CheckpointError(f"{path}: {module} has {flag} set, which this version does not read.")

@@ -18,6 +18,7 @@ from .. import numerics
 from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
 from ..checkpoints.checkpoint import CHUNK_BYTES
+from ..checkpoints.safetensors import write_text
 from ..errors import JobError, ResourceError
 from ..models import skeleton as sk
 from ..models.linears import find_linears
@@ -25,7 +26,7 @@ from ..models.skeleton import Skeleton
 from ..numerics.ggml import BLOCK_TYPES
 from ..progress import Progress
 from ..tensor import QuantizedTensor
-from .card import write_card
+from .card import card_of, card_path
 from .job import temporary, work_folder
 from .recipes import LayerPlan
 
@@ -42,8 +43,9 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
             kind.write(checkpoint, draft, progress=advance)
+            card = card_of(draft, base=base, name=output.name)
             if not kind.suffix:
-                write_card(draft, base=base, name=output.name)
+                write_text(card_path(draft, False), card)
         except BaseException:
             _delete(draft)
             raise
@@ -61,7 +63,7 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
     if aside:
         _delete(old)
     if kind.suffix:
-        write_card(output, base=base)
+        write_text(card_path(output, True), card)
 
 
 def _delete(path: Path) -> None:
