@@ -317,16 +317,16 @@ def convert(
     from dataclasses import asdict
 
     from ..pipeline.convert import convert as run
-    from .console import BarProgress, out, print_json
+    from .console import BarProgress, out, plain, print_json
 
     made = run(model, to, output, outside=outside, requantize=requantize, overwrite=overwrite, progress=BarProgress(quiet=as_json))
     if as_json:
         print_json({**asdict(made), "statement": made.statement})
         return
     size = f"  {made.path.stat().st_size / 1e6:.1f} MB" if made.path.is_file() else ""
-    out.print(f"[bold]{_escape(str(made.path))}[/]{size}\n{made.statement}", highlight=False, soft_wrap=True)
+    out.print(f"[bold]{plain(made.path)}[/]{size}\n{made.statement}", highlight=False, soft_wrap=True)
     for note in made.notes:
-        out.print(f"  {_escape(note)}", style="dim", highlight=False, soft_wrap=True)
+        out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -374,9 +374,11 @@ def verify(
 
 
 def _show_verification(made, out) -> None:
+    from .console import plain
+
     colour = {"passed": "green", "failed": "red"}.get(made.verdict, "yellow")
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
-    out.print(f"[bold]{_escape(made.path)}[/]  {made.kind}  [{colour}]{made.verdict}[/]  {made.consumer} ({versions or 'not asked'})", highlight=False, soft_wrap=True)
+    out.print(f"[bold]{plain(made.path)}[/]  {made.kind}  [{colour}]{made.verdict}[/]  {made.consumer} ({versions or 'not asked'})", highlight=False, soft_wrap=True)
     out.print(f"  {made.tensors} tensors read, all finite", highlight=False)
     if made.weights:
         rest = f", the others within {made.largest_difference:.2g} of a matrix's largest" if made.equal < made.weights else ""
@@ -388,9 +390,9 @@ def _show_verification(made, out) -> None:
     for name, verdict in made.rules.items():
         out.print(f"  {name}: not run; {verdict}", highlight=False, soft_wrap=True)
     for problem in made.problems:
-        out.print(f"  [red]{_escape(problem)}[/]", highlight=False, soft_wrap=True)
+        out.print(f"  [red]{plain(problem)}[/]", highlight=False, soft_wrap=True)
     for note in made.notes:
-        out.print(f"  {_escape(note)}", style="dim", highlight=False, soft_wrap=True)
+        out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -412,7 +414,7 @@ def push(
     """
     _prepare(None)
     from ..pipeline.push import push as run
-    from .console import out, print_json, table
+    from .console import out, plain, print_json, table
 
     made = run(path, repository, private=private, message=message, dry_run=dry_run)
     if as_json:
@@ -420,7 +422,7 @@ def push(
         return
     shown = table("file", "MB")
     for name, _, size in made.files:
-        shown.add_row(_escape(name), f"{size / 1e6:,.2f}")
+        shown.add_row(plain(name), f"{size / 1e6:,.2f}")
     out.print(shown)
     where = f"[bold]{made.repository}[/]{' (private)' if made.private else ''}"
     out.print(f"{made.total_bytes / 1e6:,.1f} MB {'would go' if dry_run else 'went'} to {where}. {made.url or ''}", highlight=False, soft_wrap=True)

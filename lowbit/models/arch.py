@@ -17,6 +17,9 @@ UNSUPPORTED = {
 # Linear layers of a few outputs that route tokens: they cost nothing and decide everything.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
+# Matrices of one input that vLLM and others make one layer.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
 
 def refuse_unsupported(config) -> None:
     """Raise ModelError, by name and with the reason, for what cannot be streamed."""

@@ -15,6 +15,7 @@ from .consumers import Consumer, consumer_of
 from .evaluate import Comparison, Row
 
 FILE = "README.md"
+NAME = "path-to-this-model"
 BEGIN, END = "<!-- lowbit: measured -->", "<!-- lowbit: end -->"
 LIBRARIES = {"gguf": "gguf", "hqq": "hqq", "lowbit": "lowbit"}
 OFFICIAL = {"auto-round": "autoround", "mxfp4": "mxfp4", "compressed-tensors": "compressed-tensors", "gguf": "gguf"}
@@ -25,22 +26,22 @@ def card_path(output: Path, is_file: bool) -> Path:
     return output.with_name(f"{output.name}.{FILE}") if is_file else output / FILE
 
 
-def write_card(output: Path, *, base: str, name: str | None = None, location: Path | None = None) -> None:
-    """Write the card of what lies at output. base: the hub id of the original, or its name. name: what the model will be called; location: where the card goes, if elsewhere."""
-    write_text(location or card_path(output, output.is_file()), card_of(output, base=base, name=name or output.name))
+def write_card(output: Path, *, base: str, location: Path | None = None) -> None:
+    """Write the card of what lies at output. base: the hub id of the original, or its name. location: where the card goes, if elsewhere."""
+    write_text(location or card_path(output, output.is_file()), card_of(output, base=base))
 
 
-def card_of(path: Path, *, base: str, name: str) -> str:
+def card_of(path: Path, *, base: str) -> str:
     """The card of a folder or a GGUF file (of any name); CheckpointError for a provenance that lowbit did not write."""
     checkpoint = gguf.open_file(path) if path.is_file() else open_checkpoint(path)
     try:
-        return render(checkpoint, base=base, name=name)
+        return render(checkpoint, base=base)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: its provenance is not what lowbit writes ({type(error).__name__}: {error}).") from error
 
 
-def render(checkpoint: Checkpoint, *, base: str, name: str) -> str:
-    """The card as Markdown with YAML metadata; the same for the same checkpoint."""
+def render(checkpoint: Checkpoint, *, base: str) -> str:
+    """The card as Markdown with YAML metadata; the same for the same checkpoint, wherever it lies (NAME stands for its place, until it is pushed)."""
     consumer, provenance = consumer_of(checkpoint), checkpoint.provenance
     recipe = provenance.get("recipe") if isinstance(provenance.get("recipe"), dict) else {}
     on_hub = re.fullmatch(r"[\w][\w.-]*/[\w.-]+", base) is not None
@@ -48,9 +49,9 @@ def render(checkpoint: Checkpoint, *, base: str, name: str) -> str:
     metadata = ["---", f"library_name: {LIBRARIES.get(checkpoint.kind, 'transformers')}", "pipeline_tag: text-generation"]
     metadata += [f"base_model: {base}", "base_model_relation: quantized"] if on_hub else []
     metadata += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]
-    title = f"# {name}\n\n{'[' + base + '](https://huggingface.co/' + base + ')' if on_hub else base}, quantized with lowbit {provenance.get('lowbit', '')}.".replace(" .", ".")
+    title = f"# {base.rpartition('/')[2]}{', ' + recipe['name'] if recipe.get('name') else ''}\n\n{'[' + base + '](https://huggingface.co/' + base + ')' if on_hub else base}, quantized with lowbit {provenance.get('lowbit', '')}.".replace(" .", ".")
     sections = [
-        "\n".join(metadata), title, _facts(checkpoint, recipe, provenance), _loading(checkpoint, consumer, name), f"{BEGIN}\n{_layer_errors(provenance)}\n{END}", _notes(provenance)
+        "\n".join(metadata), title, _facts(checkpoint, recipe, provenance), _loading(checkpoint, consumer), f"{BEGIN}\n{_layer_errors(provenance)}\n{END}", _notes(provenance)
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -69,7 +70,8 @@ def _facts(checkpoint: Checkpoint, recipe: Mapping, provenance: Mapping) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value)])
 
 
-def _loading(checkpoint: Checkpoint, consumer: Consumer, name: str) -> str:
+def _loading(checkpoint: Checkpoint, consumer: Consumer) -> str:
+    name = f"{NAME}.gguf" if checkpoint.kind == "gguf" else NAME
     fence = "sh" if consumer.name == "llama.cpp" else "python"
     before = "".join(f"import os\nos.environ[{key!r}] = {value!r}\n" for key, value in consumer.environment.items())
     note = f"\n\n{consumer.note}" if consumer.note else ""

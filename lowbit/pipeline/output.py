@@ -43,7 +43,7 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
             kind.write(checkpoint, draft, progress=advance)
-            card = card_of(draft, base=base, name=output.name)
+            card = card_of(draft, base=base)
             if not kind.suffix:
                 write_text(card_path(draft, False), card)
         except BaseException:

@@ -65,12 +65,20 @@ def _upload(planned: Upload, message: str) -> str:
         raise LowbitError(f"the Hugging Face hub cannot be reached ({type(error).__name__}). Nothing was uploaded; try again with a network, or see what would go with --dry-run.") from error
     try:
         api.create_repo(planned.repository, private=planned.private, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file)) for name, file, _ in planned.files]
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=_content(name, file, planned)) for name, file, _ in planned.files]
         return str(api.create_commit(planned.repository, operations, commit_message=message).commit_url)
     except HfHubHTTPError as error:
         raise LowbitError(f"the hub refused the upload to {planned.repository} ({_status(error)}). The token needs the right to write there.") from error
     except Exception as error:
         raise LowbitError(f"the upload to {planned.repository} was cut off ({type(error).__name__}: {error}). Repeat the command: what has arrived is not sent again.") from error
+
+
+def _content(name: str, file: Path, planned: Upload) -> str | bytes:
+    """A file by its path; the card with the model's name on the hub in its lines."""
+    if name != card.FILE:
+        return str(file)
+    weights = next((other for other, _, _ in planned.files if other.endswith(".gguf")), f"{card.NAME}.gguf")
+    return file.read_text(encoding="utf-8").replace(f"{card.NAME}.gguf", weights).replace(card.NAME, planned.repository).encode()
 
 
 def _status(error: Exception) -> str:

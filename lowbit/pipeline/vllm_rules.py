@@ -1,6 +1,6 @@
 """What vLLM asks of a folder, read in the source of its version 0.33.0 (it needs a GPU; nothing was run in it). Files are named beside each rule, below vllm/model_executor/layers/quantization.
 
-Only what is sure is judged: layers of Llama's family, that vLLM fuses as FUSED says, one GPU of compute capability 8.0 or more.
+Only what is sure is judged: layers of Llama's family, that vLLM fuses as models/arch.py says, one GPU of compute capability 8.0 or more.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 
 from ..checkpoints import Checkpoint, LazyQuantized
 from ..checkpoints.ct_layouts import layout_of
+from ..models.arch import FUSED
 from ..scheme import CASTS, Scheme
 
 NAME = "vLLM 0.33.0"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # parts of one layer there: they must have one scheme
 KNOWN = ("compressed-tensors", "gptq", "awq", "auto-round", "torchao", "fp8", "mxfp4", "safetensors")  # config/model.py
 GROUPS = (-1, 32, 64, 128)  # utils/marlin_utils.py
 

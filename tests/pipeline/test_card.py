@@ -36,7 +36,7 @@ def metadata(path):
 def test_beside_a_folder(result):
     head, text = metadata(result / "README.md")
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lowbit", "quantized", "compressed-tensors"]}
-    for part in ("`int4-sym-g32-gptq`", "| method | gptq |", "4 windows of 32 tokens", "21 matrices", "Relative squared error", 'from_pretrained("out"', "pip install transformers accelerate compressed-tensors"):
+    for part in ("`int4-sym-g32-gptq`", "| method | gptq |", "4 windows of 32 tokens", "21 matrices", "Relative squared error", 'from_pretrained("path-to-this-model"', "pip install transformers accelerate compressed-tensors"):
         assert part in text
     assert str(result.parent) not in text
 
@@ -89,12 +89,13 @@ def test_push_uploads_one_commit(result, monkeypatch):
             calls.append((name, options))
 
         def create_commit(self, name, operations, commit_message):
-            calls.append((name, [operation.path_in_repo for operation in operations], commit_message))
+            calls.append((name, {operation.path_in_repo: operation.path_or_fileobj for operation in operations}, commit_message))
             return type("Commit", (), {"commit_url": f"https://hub/{name}"})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert push(result, "me/model", private=True).url == "https://hub/me/model"
     assert calls[0] == ("me/model", {"private": True, "exist_ok": True}) and "model.safetensors" in calls[1][1] and "out" in calls[1][2]
+    assert b'from_pretrained("me/model"' in calls[1][1]["README.md"] and b"path-to-this-model" not in calls[1][1]["README.md"]
 
 
 @pytest.mark.parametrize(("error", "message"), [(LocalTokenNotFoundError("no"), "hf auth login"), (ConnectionError("no"), "cannot be reached")])

@@ -140,3 +140,14 @@ def test_the_lines_of_every_layout_are_python(made):
     for target, recipe in [("compressed-tensors", "int4-asym-g32-rtn"), ("gptq", "int4-sym-g32-rtn"), ("hqq", "int4-asym-g32-hqq"), ("bitsandbytes", "nf4-rtn"), ("lowbit", "e8p2-rtn")]:
         consumer = consumers.consumer_of(open_checkpoint(made(target, recipe)))
         compile(consumer.lines('a "quoted" \\ name'), "card", "exec")
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4-rtn", "nvfp4-gptq"])
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_nvfp4s_factor_is_shared_by_the_parts_of_one_layer(model_folder, tmp_path, text_file, model, recipe):
+    """vLLM takes the largest of the factors for all of q, k and v, and of gate and up."""
+    out = lowbit.quantize(model_folder(model), recipe, tmp_path / "out", calibration=text_file, n_samples=4, seq_len=32).path
+    assert vllm_rules.verdicts(open_checkpoint(out))[vllm_rules.NAME].startswith("rules kept")
+    checkpoint = open_checkpoint(out)
+    factors = {name: float(checkpoint.quantized[f"model.layers.0.self_attn.{name}_proj.weight"].load().parts["global_scale"]) for name in "qkvo"}
+    assert factors["q"] == factors["k"] == factors["v"] != factors["o"]
