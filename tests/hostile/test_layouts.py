@@ -13,8 +13,9 @@ from lowbit.models import skeleton as sk
 
 # What may be gone or changed without a file meaning something else.
 OPTIONAL = re.compile(
-    r"(g_idx|weight_format|view_as_float|quant_scale|quant_zero) dropped|(weight_format|input_scale|input_zero_point|nbits|group_size|axis|packing|view_as_float|quant_scale|quant_zero|scale_inv|weight_scale)"
-    r" with one axis more|\.(offload_meta|encoded_state_dict|stores_quant_config|channel_wise|optimize|round_zero|compute_dtype|unpack_view_dtype) |down_proj_bias with|activation_scale "
+    r"(g_idx|weight_format|view_as_float|quant_scale|quant_zero) dropped"
+    r"|(weight_format|input_scale|input_zero_point|nbits|group_size|axis|packing|view_as_float|quant_scale|quant_zero|scale_inv|weight_scale) with one axis more"
+    r"|\.(offload_meta|encoded_state_dict|stores_quant_config|channel_wise|optimize|round_zero|compute_dtype|unpack_view_dtype|activation_scale) |down_proj_bias with"
 )
 QUANTIZED = [name for name in FOLDERS if name != "dense"]
 
