@@ -62,7 +62,7 @@ def _open(name: str, tensors: Mapping[str, LazyTensor], block: list[int] | None,
         exact = torch.ldexp(torch.ones(grid), stored.int() - 127) if stored.dtype == torch.uint8 else stored.float()
         if not bool(torch.isfinite(exact).all()):
             raise CheckpointError(f"{path}: {name}_scale_inv holds NaN or infinity. The file is damaged.")
-        wide = exact.repeat_interleave(size[1], dim=1)[:, :columns]
+        wide = exact.repeat_interleave(min(size[1], columns), dim=1)[:, :columns]
         return values.mul_(wide[torch.arange(start, min(stop, rows)) // size[0]]).to(dtype)
 
     return LazyTensor(weight.shape, dtype, read, weight.nbytes + scale.nbytes, stored_as=f"fp8-{size[0]}x{size[1]}" if block else "fp8-tensor")

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..checkpoints import Checkpoint, open_checkpoint
-from ..checkpoints.safetensors import write_text
+from ..checkpoints import Checkpoint, gguf, open_checkpoint
+from ..checkpoints.safetensors import read_text, write_text
+from ..errors import CheckpointError
 from ..scheme import CASTS
 from .consumers import Consumer, consumer_of
 from .evaluate import Comparison, Row
@@ -27,7 +28,16 @@ def card_path(output: Path, is_file: bool) -> Path:
 
 def write_card(output: Path, *, base: str, location: Path | None = None) -> None:
     """Write the card of what lies at output. base: the hub id of the original, or its name. location: where the card goes, if elsewhere."""
-    write_text(location or card_path(output, output.is_file()), render(open_checkpoint(output), base=base))
+    write_text(location or card_path(output, output.is_file()), card_of(output, base=base))
+
+
+def card_of(path: Path, *, base: str) -> str:
+    """The card of a folder or a GGUF file (of any name); CheckpointError for a provenance that lowbit did not write."""
+    checkpoint = gguf.open_file(path) if path.is_file() else open_checkpoint(path)
+    try:
+        return render(checkpoint, base=base)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: its provenance is not what lowbit writes ({type(error).__name__}: {error}).") from error
 
 
 def render(checkpoint: Checkpoint, *, base: str) -> str:
@@ -91,7 +101,7 @@ def write_measured(output: Path, table: str) -> Path:
     path = card_path(output, output.is_file())
     if not path.is_file():
         write_card(output, base=output.name)
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     new = f"{BEGIN}\n## What it lost\n\n{table}\n{END}"
@@ -114,7 +124,7 @@ def measured_table(comparison: Comparison, row: Row) -> str:
 def base_of(output: Path) -> str | None:
     """The base model that an output's card names, for a card that is written anew."""
     path = card_path(output, output.is_file())
-    found = re.search(r"^base_model: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else None
+    found = re.search(r"^base_model: (\S+)$", read_text(path), re.MULTILINE) if path.is_file() else None
     if found:
         return found[1]
     return None

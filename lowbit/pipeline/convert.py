@@ -25,7 +25,6 @@ from .card import base_of
 from .locate import base_name, locate
 from .output import as_stored_dense, checked, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
 
-
 LEGACY = {"q4_0": (4, True), "q5_0": (5, True), "q8_0": (8, True), "q4_1": (4, False), "q5_1": (5, False)}  # ggml's blocks that are integers: bits, symmetric
 ALLOWED = 2.0**-10  # of a matrix's largest: a minimum rounded to float16
 KEEP_BLOCKS = ("gguf", "lowbit", "safetensors")

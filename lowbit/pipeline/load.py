@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..checkpoints import open_checkpoint

@@ -19,6 +19,7 @@ from .. import numerics
 from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
 from ..checkpoints.checkpoint import CHUNK_BYTES
+from ..checkpoints.safetensors import write_text
 from ..errors import JobError, RecipeError, ResourceError
 from ..models import skeleton as sk
 from ..models.linears import find_linears
@@ -27,7 +28,7 @@ from ..numerics.ggml import BLOCK_TYPES
 from ..progress import Progress
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
-from .card import write_card
+from .card import card_of, card_path
 from .job import temporary, work_folder
 from .recipes import LayerPlan
 from .resources import parse_size
@@ -68,8 +69,9 @@ def write(
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
             kind.write(checkpoint, draft, shard_bytes=shard_bytes, progress=advance)
+            card = card_of(draft, base=base)
             if folder:
-                write_card(draft, base=base)
+                write_text(card_path(draft, False), card)
         except BaseException:
             _delete(draft)
             raise
@@ -87,7 +89,7 @@ def write(
     if aside:
         _delete(old)
     if not folder:
-        write_card(output, base=base)
+        write_text(card_path(output, True), card)
 
 
 def _delete(path: Path) -> None:

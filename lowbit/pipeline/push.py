@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints import open_checkpoint, weight_files
+from ..checkpoints.safetensors import refuse_outside
 from ..errors import LowbitError
 from . import card
 
@@ -46,7 +47,7 @@ def _files(source: Path) -> list[tuple[str, Path]]:
     beside = card.card_path(source, source.is_file())
     if source.is_file():
         return [*([(card.FILE, beside)] if beside.is_file() else []), *((file.name, file) for file in weight_files(source))]
-    return [(file.name, file) for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".") and file.suffix not in SKIPPED]
+    return [(file.name, refuse_outside(file, source)) for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".") and file.suffix not in SKIPPED]
 
 
 def _upload(planned: Upload, message: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-
 from ..checkpoints import Checkpoint, LazyQuantized
 from ..checkpoints.ct_layouts import layout_of
 from ..models.arch import FUSED

@@ -68,7 +68,7 @@ def test_act_order_comes_back(tmp_path):
 @pytest.mark.parametrize("recipe", ["quip-2", "int3-asym-g32-out4-rtn", "int8-sym-channel-a8-rtn", "q4_0-rtn"])
 def test_whole_job(save_model, tmp_path, recipe, stream, text_file):
     """quantize writes it, our reader streams it, lowbit.load and transformers give the same logits."""
-    import lowbit.hf  # noqa: F401  (registers the layout)
+    import lowbit.hf
 
     source = save_model("llama-tied", tmp_path / "model", dtype=torch.bfloat16)
     lowbit.quantize(source, recipe, tmp_path / "out", target_name="lowbit", calibration=text_file, n_samples=4, seq_len=32)
@@ -88,7 +88,7 @@ def test_whole_job(save_model, tmp_path, recipe, stream, text_file):
 
 def test_experts_and_shards(save_model, tmp_path, stream):
     """Experts are decoded, also by transformers; several shards have transformers' names."""
-    import lowbit.hf  # noqa: F401
+    import lowbit.hf
 
     source = save_model("mixtral", tmp_path / "model")
     lowbit.quantize(source, "e8p4-rtn", tmp_path / "out", target_name="lowbit", max_shard_size=60_000)
@@ -115,7 +115,7 @@ def test_conv1d_and_casts(save_model, tmp_path):
 
 
 def test_experts_with_rounded_inputs_need_lowbit(save_model, tmp_path):
-    import lowbit.hf  # noqa: F401
+    import lowbit.hf
 
     lowbit.quantize(save_model("mixtral", tmp_path / "model"), "int8-sym-channel-a8-rtn", tmp_path / "out", target_name="lowbit")
     with pytest.raises(ModelError, match=r"lowbit\.load"):
