@@ -2,7 +2,8 @@
 
 Of a linear X [N, K] there is no X.weight but the state of one HQQLinear. With groups of g, axis 1: the matrix as [N K / g, g], a scale for each row; axis 0: as [g, N K / g], one for each column.
 
-    X.W_q          uint8 [R b / 8, C]      rows R of that matrix in slabs: with 4 bits row i in the high half and row i + R / 2 in the low half of byte row i, with 2 bits (1 bit) quarters (eighths), the first highest.
+    X.W_q          uint8 [R b / 8, C]      rows R of that matrix in slabs: with 4 bits row i in the high half and row i + R / 2 in the low half of byte row i, with 2 bits
+                                           (1 bit) quarters (eighths), the first highest.
                                            3 bits: int32 [ceil(R / 10), C], tenths of the rows, the first at bit 27, the last at bit 0
     X.scale        [R, 1] or [1, C]        w = (code - zero) scale, computed in their dtype
     X.zero         the same shape          any number
@@ -168,7 +169,8 @@ def _open_module(module: str, tensors: Mapping[str, LazyTensor], config: dict, p
     side = (count, 1) if axis == 1 else (1, count)
     for part, shape, dtypes in (("W_q", (packed[0], width), (packed[1],)), ("scale", side, tuple(FLOATS)), ("zero", side, (found["scale"].dtype,))):
         if found[part].shape != shape or found[part].dtype not in dtypes:
-            raise CheckpointError(f"{path}: {module}.{part} is {found[part].dtype} {list(found[part].shape)}; {bits} bits of {[rows, columns]} in groups of {size} along axis {axis} need {dtypes[0]} {list(shape)}.")
+            needed = f"{bits} bits of {[rows, columns]} in groups of {size} along axis {axis} need {dtypes[0]} {list(shape)}"
+            raise CheckpointError(f"{path}: {module}.{part} is {found[part].dtype} {list(found[part].shape)}; {needed}.")
     block = (size, 1) if axis == 0 and size > 1 else (1, size if size < columns else -1)
     scheme = Scheme(bits=bits, block=block, symmetric=False, zero_dtype="float", scale_dtype=FLOATS[found["scale"].dtype])
     named = config.get("dtype") or config.get("torch_dtype")

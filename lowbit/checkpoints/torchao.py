@@ -97,7 +97,10 @@ def _section(checkpoint: Checkpoint) -> dict:
     else:
         dtype = next(str(dtype).removeprefix("torch.") for dtype, name in FP8.items() if name == first.format)
         kind = {"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": dtype}}}
-    return {"quant_method": KIND, "quant_type": {"default": kind}, "modules_to_not_convert": safetensors.dense_linears(checkpoint), "include_input_output_embeddings": False, "untie_embedding_weights": False}
+    return {
+        "quant_method": KIND, "quant_type": {"default": kind}, "modules_to_not_convert": safetensors.dense_linears(checkpoint), "include_input_output_embeddings": False,
+        "untie_embedding_weights": False,
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------ reading
@@ -172,7 +175,8 @@ def _open_weight(name: str, entry: dict, tensors: Mapping[str, LazyTensor], path
     else:
         zero = whole.load() if whole is not None else torch.zeros(1)  # one number a group, and nothing else says whether the scheme is symmetric
         symmetric = not bool(zero.any())
-        scheme = Scheme(bits=max(bits, 2) if symmetric or not zero.is_floating_point() else bits, block=own_block, symmetric=symmetric, zero_dtype="float" if zero.is_floating_point() else "int", scale_dtype=scale_dtype)
+        fitted = zero.is_floating_point()
+        scheme = Scheme(bits=bits if fitted and not symmetric else max(bits, 2), block=own_block, symmetric=symmetric, zero_dtype="float" if fitted else "int", scale_dtype=scale_dtype)
 
     def load() -> QuantizedTensor:
         loaded = {part: lazy.load() for part, lazy in parts.items()}

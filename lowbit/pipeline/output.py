@@ -122,7 +122,7 @@ def as_stored_dense(checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
     made = {name: _turned(checkpoint, name) for name in names}
     members = {name: parameter for parameter, names in sk.stacks(skeleton).items() for name in names}
     for parameter, names in sk.stacks(skeleton).items():
-        made[parameter] = _stack(checkpoint, names, skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed)
+        made[parameter] = _stack(checkpoint, names, bool(skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed))
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in members}
     quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in made and name not in members}
     return replace(checkpoint, tensors={**tensors, **made}, quantized=quantized)

@@ -80,7 +80,8 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
     packed = recipe.target not in ("gguf", "safetensors", "lowbit")
     if packed and any(linear.transposed for block in linears for linear in block):
         raise ModelError(
-            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers or in one tensor for all experts, which no program reads from {recipe.target}. Write it with --to lowbit, --to gguf or --to safetensors."
+            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers or in one tensor for all experts, which no program reads from {recipe.target}. "
+            "Write it with --to lowbit, --to gguf or --to safetensors."
         )
     if rounded:
         notes.append("This checkpoint rounds the inputs of its layers. That is dropped: the recipe alone says what is rounded now.")

@@ -191,7 +191,8 @@ def damage_tensor(tensors: dict, provider) -> None:
     if action == 0:
         return
     if action == 1:
-        name = name.rpartition(".")[0] + "." + provider.PickValueInList(["weight", "weight_scale", "qzeros", "g_idx", "SCB", "weight_packed", "weight_shape", "scales", "W_q", "codes", "scale", "bias", ""])
+        name = name.rpartition(".")[0] + "."
+        name += provider.PickValueInList(["weight", "weight_scale", "qzeros", "g_idx", "SCB", "weight_packed", "weight_shape", "scales", "W_q", "codes", "scale", "bias", ""])
     elif action == 2:
         tensor = tensor.float().to(provider.PickValueInList(list(DTYPES)))
     elif action == 3:
