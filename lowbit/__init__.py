@@ -4,6 +4,7 @@
     result = lowbit.quantize("path/to/model", "int4-sym-g64-gptq", "out")
     table = lowbit.compare(["out"], against="path/to/model")
     checkpoint = lowbit.open("out")              # lazy: names, shapes, weights one by one
+    model = lowbit.load("out")                   # a transformers model to run, quantized matrices kept packed
 
 Imports are lazy, so `import lowbit` and `lowbit --help` do not wait for torch.
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .pipeline.convert import convert
     from .pipeline.evaluate import compare, evaluate
     from .pipeline.imatrix import imatrix
+    from .pipeline.load import load
     from .pipeline.plan import plan
     from .pipeline.quantize import quantize
 
@@ -29,16 +31,17 @@ _PUBLIC = {
     "compare": "pipeline.evaluate",
     "imatrix": "pipeline.imatrix",
     "plan": "pipeline.plan",
+    "load": "pipeline.load",
     "Scheme": "scheme",
     "Recipe": "recipe",
     "LowbitError": "errors",
 }
 
-__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "imatrix", "open", "plan", "quantize"]
+__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "imatrix", "load", "open", "plan", "quantize"]
 
 
 def open(path):
-    """Open a checkpoint lazily: a Hugging Face folder (dense or compressed-tensors), a hub id or a GGUF file. Returns a Checkpoint."""
+    """Open a checkpoint lazily: a Hugging Face folder (dense, or quantized in any layout that lowbit reads), a hub id or a GGUF file. Returns a Checkpoint."""
     from .checkpoints import open_checkpoint
     from .pipeline.locate import locate
 

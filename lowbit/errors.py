@@ -1,5 +1,8 @@
 """Every error that lowbit raises on purpose: one readable paragraph that names the thing, the value, what was expected and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LowbitError(Exception):
     """Base of all errors with a message written for the user; the command line prints it without a traceback."""
@@ -33,6 +36,10 @@ class ResourceError(LowbitError):
     """Not enough memory or disk for the work; raised before the work begins."""
 
 
+class VerificationError(LowbitError):
+    """A consumer that cannot be asked: its interpreter or its program does not run."""
+
+
 class JobError(LowbitError):
     """An unfinished or different job is in the way of this one."""
 
@@ -40,3 +47,14 @@ class JobError(LowbitError):
 def missing_extra(package: str, extra: str, *, purpose: str) -> LowbitError:
     """The error for an optional package that is absent, with the exact line that installs it."""
     return LowbitError(f'{purpose} needs the package {package}, which is not installed. Install it with: pip install "lowbit[{extra}]"')
+
+
+@contextmanager
+def foreign_errors(what: str) -> Iterator[None]:
+    """Make one CheckpointError of whatever a library raises for a damaged file; panics of Rust code, which are no Exception, are among it."""
+    try:
+        yield
+    except (LowbitError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}).") from error

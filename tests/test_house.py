@@ -14,7 +14,7 @@ FLOORS = {
     "models": 4,
     "transforms": 5, "evaluation": 5,
     "pipeline": 6,
-    "report": 7, "training": 7, "export": 7, "runtime": 7,
+    "hf": 7, "report": 7, "training": 7, "export": 7, "runtime": 7,
     "cli": 8,
 }  # fmt: skip
 TOP = ("__init__", "__main__")

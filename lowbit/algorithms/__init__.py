@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RecipeError
-from ..numerics import additive, grids, lattice
+from ..numerics import additive, ggml, grids, lattice
 from ..recipe import from_dict
 from ..scheme import INT, Scheme
 from .aqlm import AqlmOptions, aqlm
@@ -99,6 +99,8 @@ def check_format(name: str, scheme: Scheme) -> None:
     """Raise RecipeError when an algorithm cannot make a number format."""
     if scheme.outliers is not None and algorithm(name).level == "block":
         raise RecipeError(f"{name} learns a block as a whole, and cannot leave channels out ({scheme.name}); use rtn, gptq or hqq with outliers.")
+    if scheme.format in ggml.BLOCK_TYPES and scheme.format not in ggml.WRITTEN:
+        raise RecipeError(ggml.only_read(scheme.format))
     formats = algorithm(name).formats
     if formats is not None and scheme.format not in formats:
         raise RecipeError(f"{name} makes {', '.join(formats)} and not {scheme.format}; use rtn for {scheme.format}.")

@@ -57,22 +57,18 @@ def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = Non
     """Write a checkpoint as a bitsandbytes folder; folder must exist and be empty. Raises as check does, before any work."""
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
-    schemes = {entry.scheme for entry in checkpoint.quantized.values()}
-    if len(schemes) != 1:
-        names = ", ".join(sorted(scheme.name for scheme in schemes))
-        raise RecipeError(f"bitsandbytes holds one scheme for all layers, and this has {len(schemes)}: {names}. Use --to compressed-tensors for mixtures.")
-    scheme = schemes.pop()
+    scheme = safetensors.one_scheme(checkpoint, KIND)
     encode = _encode8 if scheme.format == INT else _encode4
     stored = lambda name: encode(checkpoint.quantized[name].load(), name.removesuffix(".weight"))
-    safetensors.write_packed(checkpoint, folder, stored, _section(scheme), entries=6, shard_bytes=shard_bytes, progress=progress)
+    safetensors.write_packed(checkpoint, folder, stored, _section(scheme, safetensors.dense_linears(checkpoint)), entries=6, shard_bytes=shard_bytes, progress=progress)
 
 
-def _section(scheme: Scheme) -> dict:
+def _section(scheme: Scheme, dense: list[str]) -> dict:
     four = scheme.format != INT
     return {
         "quant_method": KIND, "load_in_4bit": four, "load_in_8bit": not four, "_load_in_4bit": four, "_load_in_8bit": not four, "bnb_4bit_quant_type": scheme.format if four else "fp4",
         "bnb_4bit_use_double_quant": scheme.nested is not None, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8", "llm_int8_threshold": THRESHOLD,
-        "llm_int8_skip_modules": None, "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_skip_modules": dense, "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False,
     }  # fmt: skip
 
 
@@ -164,13 +160,13 @@ def _read_state(lazy: LazyTensor, name: str, path: Path) -> dict:
     try:
         if lazy.dtype != torch.uint8 or len(lazy.shape) != 1 or lazy.numel > 4096:
             raise ValueError(f"{lazy.dtype} {list(lazy.shape)}")
-        state = json.loads(bytes(lazy.load().tolist()))
-    except (ValueError, RecursionError) as error:
+        state = safetensors.parse_json(bytes(lazy.load().tolist()).decode(), name)
+    except (ValueError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {name} is not the JSON that bitsandbytes writes ({error}).") from error
     whole = lambda value, least: type(value) is int and least <= value <= 1 << 40
-    shape, nested = (state.get("shape"), state.get("nested_blocksize")) if isinstance(state, dict) else (None, None)
+    shape, nested = state.get("shape"), state.get("nested_blocksize")
     good = (
-        isinstance(shape, list) and len(shape) == 2 and all(whole(side, 1) for side in shape) and state.get("quant_type") in codebook.CODES and state.get("dtype") in FLOATS
+        isinstance(shape, list) and len(shape) == 2 and all(whole(side, 1) for side in shape) and state.get("quant_type") in tuple(codebook.CODES) and state.get("dtype") in tuple(FLOATS)
         and whole(state.get("blocksize"), 2) and (nested is None or (whole(nested, 2) and isinstance(state.get("nested_offset"), float) and math.isfinite(state["nested_offset"])))
     )  # fmt: skip
     if not good or not name.endswith(f"{STATE}{state['quant_type']}"):
@@ -183,8 +179,11 @@ def _open8(weight: str, tensors: Mapping[str, LazyTensor], config: dict, path: P
     if codes is None or codes.dtype != torch.int8 or len(codes.shape) != 2 or 0 in codes.shape or peaks.shape != codes.shape[:1] or peaks.dtype != torch.float32:
         found = "missing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
         raise CheckpointError(f"{path}: {weight} is {found} and its SCB {peaks.dtype} {list(peaks.shape)}; expected int8 [N, K] and float32 [N].")
+    stored = tensors.get(f"{weight}_format")
+    if stored is not None and (stored.numel != 1 or stored.load().item() != 0):
+        raise CheckpointError(f"{path}: {weight}_format is {stored.load().tolist() if stored.numel == 1 else list(stored.shape)}; of LLM.int8() this version reads format 0, by rows.")
     named = config.get("dtype") or config.get("torch_dtype")
-    dtype = str(named) if named in FLOATS else "float32"
+    dtype = str(named) if named in tuple(FLOATS) else "float32"
     shape, scheme = (codes.shape[0], codes.shape[1]), Scheme(bits=8, block=(1, -1), range="textbook", act=Activation(range="textbook", threshold=THRESHOLD))
 
     def load() -> QuantizedTensor:

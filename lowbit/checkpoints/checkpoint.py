@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,23 +12,27 @@ import torch
 from torch import Tensor
 
 from .. import numerics
+from ..errors import CheckpointError
 from ..scheme import Rounding, Scheme
 from ..tensor import QuantizedTensor
 
 CHUNK_BYTES = 32 << 20  # of a matrix that is worked on some rows at a time
+MOST_PARTS = 1_000_000
+_PARTS = re.compile(r"layer|depth|expert|block|label|stage")  # of such settings transformers makes lists as long as they say
 
 
 @dataclass(frozen=True)
 class LazyTensor:
     """A dense tensor that is not loaded yet. read(start, stop) gives rows of its first axis (of a scalar: all of it), in memory of their own.
 
-    stored_bytes: what it takes in the file where that is not shape x dtype (a quantized type that is decoded when read).
+    stored_bytes, stored_as: what it takes in the file and is called there, where it is a quantized type that is decoded when read.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
     stored_bytes: int | None = None
+    stored_as: str | None = None
 
     def load(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)
@@ -44,7 +50,7 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,18 @@ class LazyQuantized:
     load: Callable[[], QuantizedTensor]
     nbytes: int = 0
     rows: Callable[[int, int], QuantizedTensor] | None = None
+
+
+def plain_config(config: Mapping, where: object) -> dict:
+    """A config.json for transformers: without quantization and code of its own; CheckpointError for numbers of layers, experts or labels beyond all models."""
+    level: list = [config]
+    while level:
+        pairs = [pair for part in level for pair in (part.items() if isinstance(part, Mapping) else ((None, inner) for inner in part))]
+        for key, value in pairs:
+            if isinstance(value, int) and value > MOST_PARTS and _PARTS.search(str(key)):
+                raise CheckpointError(f"{where}: config.json says {key} = {value}; expected at most {MOST_PARTS:,}. It is damaged.")
+        level = [value for _, value in pairs if isinstance(value, Mapping | list)]
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
 
 
 @dataclass(frozen=True)
@@ -86,11 +104,13 @@ class Checkpoint:
         return {**{name: t.shape for name, t in self.tensors.items()}, **{name: q.shape for name, q in self.quantized.items()}}
 
     def dense(self, name: str) -> Tensor:
-        """One weight as a dense tensor; a quantized one is decoded to the dtype it stands for."""
+        """One weight as a dense tensor; a quantized one is decoded to the dtype it stands for, and FormatError raised where that gives NaN or infinity."""
         if name in self.tensors:
             return self.tensors[name].load()
         entry = self.quantized[name]
-        return numerics.dequantize(entry.load()).to(entry.dtype)
+        values = numerics.dequantize(entry.load()).to(entry.dtype)
+        numerics.refuse_bad_values(values, name)
+        return values
 
     def lazy(self, name: str) -> LazyTensor:
         """One weight as a lazy dense tensor."""

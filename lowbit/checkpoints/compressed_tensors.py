@@ -23,10 +23,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import regex
 import torch
 from torch import Tensor
 
@@ -36,11 +39,13 @@ from ..scheme import CASTS, INT, Activation, Rounding, Scheme
 from ..tensor import QuantizedTensor
 from . import ct_layouts, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
-from .ct_layouts import FLOATS, LAYOUTS, PACKED, layout_of
+from .ct_layouts import FLOATS, FP8, LAYOUTS, PACKED, layout_of
 
 KIND = "compressed-tensors"
 VERSION = "0.20.0"
 GROUP_SIZES = (256, 128, 64, 32, 16)
+REGEX_LENGTH, REGEX_SECONDS = 10_000, 5.0
+_COSTLY = re.compile(r"\{[^}]*\d{3}|\(\?(?![:=!i]|<[=!])")  # counts of hundreds and recursion take memory that no clock bounds
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale")
 _FAMILIES = ({PACKED, "int-quantized"}, {"float-quantized", "naive-quantized"})  # layouts whose schemes another writer may put into either
 _INPUT_PARTS = ("input_scale", "input_zero_point")
@@ -113,7 +118,8 @@ def quantization_config(checkpoint: Checkpoint) -> dict | None:
     schemes = {name.removesuffix(".weight"): _arguments(checkpoint.quantized[name].scheme) for name in sorted(packed, key=safetensors.natural_key)}
     distinct = {json.dumps(args): args for args in schemes.values()}
     if len(distinct) == 1:
-        groups = [_group(["Linear"], *distinct.values())]
+        head = ["lm_head"] if "lm_head.weight" in packed else []  # in vLLM the head is no Linear
+        groups = [_group(["Linear", *head], *distinct.values())]
     else:
         members: dict[tuple[bool, str], list[str]] = {}
         for module, args in schemes.items():
@@ -125,7 +131,7 @@ def quantization_config(checkpoint: Checkpoint) -> dict | None:
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": _dense_linears(checkpoint),
+        "ignore": safetensors.dense_linears(checkpoint),
         "kv_cache_scheme": None,
         "quant_method": KIND,
         "quantization_status": "compressed",
@@ -154,21 +160,6 @@ def _expert_targets(modules: list[str], schemes: Mapping[str, dict]) -> list[str
     return [f"re:{target}$" for target in dict.fromkeys(targets)]
 
 
-def _dense_linears(checkpoint: Checkpoint) -> list[str]:
-    """Modules with a matrix that stays dense, without embeddings; a head that is tied to the embedding has no tensor, yet is a linear."""
-    dense = [name for name, entry in checkpoint.quantized.items() if entry.scheme.format in CASTS]
-    dense += [name for name, tensor in checkpoint.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
-    modules = {name.removesuffix(".weight") for name in dense}
-    if "lm_head.weight" not in checkpoint.quantized:
-        modules.add("lm_head")
-    return sorted((module for module in modules if not _is_embedding(module)), key=safetensors.natural_key)
-
-
-def _is_embedding(module: str) -> bool:
-    leaf = module.rpartition(".")[2]
-    return "embed" in leaf or leaf in ("wte", "wpe")
-
-
 def open_folder(path: Path) -> Checkpoint:
     """Open a compressed-tensors folder: its matrices become quantized weights, with their codes exactly as written.
 
@@ -179,14 +170,14 @@ def open_folder(path: Path) -> Checkpoint:
     section = config.get("quantization_config")
     if not isinstance(section, dict):
         raise CheckpointError(f"{path / 'config.json'}: quantization_config is {section!r}; expected an object.")
-    groups = _read_groups(section, path)
+    targets = _Targets(_read_groups(section, path), path)
     tensors = safetensors.open_tensors(path)
     packed = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
     plain = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale") and f"{name.removesuffix('_scale')}_packed" not in tensors]
     modules = [*packed, *(module for module in plain if f"{module}.weight" in tensors)]
     quantized, activations, used = {}, {}, set()
     for module in modules:
-        scheme, layout = _group_of(module, groups, path)
+        scheme, layout = targets.find(module)
         name = f"{module}.weight"
         quantized[name] = _open_module(module, tensors, scheme, layout, config, path)
         used |= {f"{module}.{part}" for part in LAYOUTS[layout].shapes(scheme, quantized[name].shape)}
@@ -206,8 +197,8 @@ def _read_rounding(module: str, tensors: Mapping[str, LazyTensor], act: Activati
     values = {}
     for part in _INPUT_PARTS[: 1 if act.symmetric else 2]:
         lazy = tensors.get(f"{module}.{part}")
-        if lazy is None or lazy.numel != 1:
-            raise CheckpointError(f"{path}: {module}.{part} is {'missing' if lazy is None else list(lazy.shape)}; a static scale of activations is one number.")
+        if lazy is None or lazy.numel != 1 or lazy.dtype.is_floating_point != (part == "input_scale"):
+            raise CheckpointError(f"{path}: {module}.{part} is {'missing' if lazy is None else f'{lazy.dtype} {list(lazy.shape)}'}; a static scale of activations is one number.")
         values[part] = float(lazy.load().reshape(()).float())
     scale = values["input_scale"]
     if not (math.isfinite(scale) and scale > 0):
@@ -237,10 +228,10 @@ def _read_group(name: str, group: dict, default_format: str | None, path: Path) 
     where = f"{path}: config group {name!r}"
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise CheckpointError(f"{where} is {group!r}; expected an object with targets and weights.")
-    layout = group.get("format") or default_format
-    if layout not in LAYOUTS:
+    layout = default_format if group.get("format") is None else group["format"]
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise CheckpointError(f"{where} has the format {layout!r}; of compressed-tensors this version reads {', '.join(LAYOUTS)}.")
-    if group.get("output_activations"):
+    if group.get("output_activations") is not None:
         raise CheckpointError(f"{where} quantizes activations (output_activations), which this version does not read.")
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -253,20 +244,23 @@ def _read_group(name: str, group: dict, default_format: str | None, path: Path) 
 
 
 def _read_activation(args: object, where: str) -> Activation | None:
-    if not args:
+    if args is None:
         return None
     if not isinstance(args, dict):
         raise CheckpointError(f"{where}: input_activations is {args!r}; expected an object.")
-    kind, bits, strategy, dynamic = args.get("type", "int"), args.get("num_bits"), args.get("strategy"), args.get("dynamic", False)
+    kind, bits, strategy, dynamic, symmetric = args.get("type", "int"), args.get("num_bits"), args.get("strategy"), args.get("dynamic", False), args.get("symmetric", True)
+    refused = CheckpointError(f"{where} quantizes activations (input_activations) as {args!r}, which this version does not read.")
+    if kind not in ("int", "float") or type(bits) is not int or not 2 <= bits <= 8 or type(dynamic) is not bool or type(symmetric) is not bool:
+        raise refused
     per = "tensor" if strategy is None and not dynamic else strategy
     formats = {("int", bits): INT, ("float", 8): "fp8_e4m3"}
     if strategy == "group" and args.get("group_size") == 32 and kind == "float" and dynamic is True:
         formats, per = {("float", 8): "mxfp8_e4m3", ("float", 4): "mxfp4"}, "token"
     found = formats.get((kind, bits))
-    if found is None or per not in ("token", "tensor") or type(bits) is not int or not 2 <= bits <= 8 or type(dynamic) is not bool:
-        raise CheckpointError(f"{where} quantizes activations (input_activations) as {args!r}, which this version does not read.")
+    if found is None or per not in ("token", "tensor"):
+        raise refused
     try:
-        return Activation(found, bits, symmetric=bool(args.get("symmetric", True)), per=per, static=not dynamic)
+        return Activation(found, bits, symmetric=symmetric, per=per, static=not dynamic)
     except RecipeError as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -275,7 +269,9 @@ def _read_scheme(args: dict, where: str) -> Scheme:
     bits, size, symmetric, kind = args.get("num_bits"), args.get("group_size"), args.get("symmetric", True), args.get("type", "int")
     if kind not in ("int", "float") or type(bits) is not int or not 2 <= bits <= 8 or type(symmetric) is not bool or (kind == "float" and (bits not in (4, 8) or not symmetric)):
         raise CheckpointError(f"{where}: num_bits {bits!r}, type {kind!r}, symmetric {symmetric!r}; expected int of 2 to 8 bits, or symmetric float of 4 or 8.")
-    strategy = args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    strategy = args.get("strategy")
+    if strategy is None:
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy in ("group", "tensor_group"):
         if type(size) is not int or size < 1:
             raise CheckpointError(f"{where}: group_size is {size!r}; expected a positive number.")
@@ -292,28 +288,54 @@ def _read_scheme(args: dict, where: str) -> Scheme:
     return Scheme(names[bits, block], bits, block)
 
 
-def _group_of(module: str, groups: list[tuple[list[str], Scheme, str]], path: Path) -> tuple[Scheme, str]:
-    """The scheme and the layout of the group that targets a module: by its exact name, else by a regex, else by a class name, as the library does."""
-    if len(groups) == 1:
-        return groups[0][1:]
-    tests = (
-        lambda target: target == module,
-        lambda target: target.startswith("re:") and _matches(target.removeprefix("re:"), module, path),
-        lambda target: target == "Linear",
-        lambda target: target.isidentifier(),
-    )
-    for test in tests:
-        for targets, scheme, layout in groups:
-            if any(test(target) for target in targets):
-                return scheme, layout
-    raise CheckpointError(f"{path}: {module} is packed, but no config group targets it.")
+class _Targets:
+    """Which group a module belongs to: by its exact name, else by a regex, else by a class name, as the library does."""
 
+    def __init__(self, groups: list[tuple[list[str], Scheme, str]], path: Path) -> None:
+        self.groups, self.path = groups, path
+        self.exact: dict[str, tuple[Scheme, str]] = {}
+        self.patterns: list[tuple[regex.Pattern, tuple[Scheme, str]]] = []
+        self.seconds = REGEX_SECONDS
+        for targets, scheme, layout in groups if len(groups) > 1 else ():
+            for target in targets:
+                if target.startswith("re:"):
+                    self.patterns.append((self._compiled(target.removeprefix("re:")), (scheme, layout)))
+                else:
+                    self.exact.setdefault(target, (scheme, layout))
+        self.by_class = self.exact.get("Linear") or next((found for name, found in self.exact.items() if name.isidentifier()), None)
 
-def _matches(pattern: str, module: str, path: Path) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{path}: the target {pattern!r} is not a regular expression: {error}.") from error
+    def find(self, module: str) -> tuple[Scheme, str]:
+        if len(self.groups) == 1:
+            return self.groups[0][1:]
+        found = self.exact.get(module) or next((found for pattern, found in self.patterns if self._matches(pattern, module)), None) or self.by_class
+        if found is None:
+            raise CheckpointError(f"{self.path}: {module} is packed, but no config group targets it.")
+        return found
+
+    def _compiled(self, pattern: str) -> regex.Pattern:
+        if len(pattern) > REGEX_LENGTH or _COSTLY.search(pattern):
+            raise CheckpointError(f"{self.path}: the target {pattern[:80]!r} is no expression for names: it is long, counts to hundreds or calls itself.")
+        try:
+            with self._timed(pattern):
+                return regex.compile(pattern)
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{self.path}: the target {pattern[:80]!r} is not a regular expression: {error}.") from error
+
+    def _matches(self, pattern: regex.Pattern, module: str) -> bool:
+        with self._timed(pattern.pattern):
+            return pattern.match(module, timeout=self.seconds) is not None
+
+    @contextmanager
+    def _timed(self, pattern: str) -> Iterator[None]:
+        """A file's patterns may take REGEX_SECONDS together: with some names some take for ever."""
+        start = time.monotonic()
+        try:
+            yield
+            self.seconds -= time.monotonic() - start
+            if self.seconds <= 0:
+                raise TimeoutError
+        except TimeoutError as error:
+            raise CheckpointError(f"{self.path}: the target {pattern[:80]!r} takes too long to match the names of this model.") from error
 
 
 def _open_module(module: str, tensors: Mapping[str, LazyTensor], scheme: Scheme, layout: str, config: dict, path: Path) -> LazyQuantized:
@@ -369,8 +391,10 @@ def _read_shape(module: str, tensors: Mapping[str, LazyTensor], layout: str, pat
     return rows, columns
 
 
-def _refuse_leftovers(names: Iterable[str], path: Path) -> None:
-    for name in names:
+def _refuse_leftovers(tensors: Mapping[str, LazyTensor], path: Path) -> None:
+    for name, tensor in tensors.items():
         leaf = name.rpartition(".")[2]
         if leaf in ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale", "input_scale"):
             raise CheckpointError(f"{path}: {name} belongs to no packed weight, or to a layout that this version does not read.")
+        if leaf == "weight" and tensor.dtype in (torch.int8, FP8):
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype} and has no weight_scale. The download is incomplete.")

@@ -186,14 +186,21 @@ def _encode_mxfp8(qt: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def _decode_mxfp8(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: str) -> QuantizedTensor:
-    return QuantizedTensor(scheme, shape, dtype, {"codes": _numbers(parts["weight"]), "scale": parts["weight_scale"]})
+    return QuantizedTensor(scheme, shape, dtype, {"codes": _numbers(parts["weight"]), "scale": _exponents(parts["weight_scale"])})
+
+
+def _exponents(scale: Tensor) -> Tensor:
+    """E8M0 scales; CheckpointError when one is NaN."""
+    if bool((scale == 0xFF).any()):
+        raise CheckpointError("a scale is NaN (the exponent 255).")
+    return scale
 
 
 def _numbers(codes: Tensor) -> Tensor:
     """The bit patterns of FP8 numbers; CheckpointError when one is NaN."""
     patterns = codes.view(torch.uint8)
     if bool((patterns & 0x7F == 0x7F).any()):
-        raise CheckpointError("an FP8 weight is NaN.")
+        raise CheckpointError("an FP8 number is NaN.")
     return patterns
 
 
@@ -219,6 +226,8 @@ def _decode_fp4(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, i
         if not bool(torch.isfinite(total).all()) or float(total) <= 0:
             raise CheckpointError(f"weight_global_scale is {float(total)}; expected a positive number.")
         decoded |= {"scale": _numbers(scale), "global_scale": total.reshape(())}
+    else:
+        decoded["scale"] = _exponents(scale)
     return QuantizedTensor(scheme, shape, dtype, decoded)
 
 

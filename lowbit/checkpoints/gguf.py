@@ -6,6 +6,7 @@ The container is in gguf_container.py, the names and keys of each architecture i
 from __future__ import annotations
 
 import json
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -13,17 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError, ShapeError
-from ..numerics import ggml, integer
+from ..numerics import ggml, ggml_tables, integer
 from ..scheme import CASTS, INT, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import gguf_arch, gguf_mixtures, gguf_other, gguf_tokenizer
+from . import gguf_arch, gguf_mixtures, gguf_other, gguf_tokenizer, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .gguf_arch import ROPE_TENSORS, Arch, Place
-from .gguf_container import Header, Metadata, Planned, TensorInfo, pack_value, read_header, write_file, write_split
+from .gguf_container import STORED_TYPES, Header, Metadata, Planned, TensorInfo, pack_value, read_header, write_file, write_split
 
 __all__ = ["check", "fallback", "open_file", "read_header", "supported", "write", "write_tokenizer"]
 
@@ -32,15 +32,20 @@ _DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bflo
 _DENSE_IDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 _BLOCK_NAMES = {kind.type_id: name for name, kind in ggml.BLOCK_TYPES.items()}
 _STANDS_FOR = "float16"  # what a quantized tensor of unknown origin is decoded to
-_CHUNK = 1 << 22  # weights decoded at once by gguf-py
+_SCALES = ("scale", "input_scale")  # beside a matrix: a float that multiplies its outputs, and one that other devices than the CPU round its inputs by
+_SAME_CODES = {"mxfp4": "ggml_mxfp4"}  # formats whose codes a block type holds unchanged
+MOST_EXPERTS = 1 << 14
 
 # llama-quantize's substitutes for a row that a type's blocks do not divide (formats.md, section 16).
-_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl", "tq1_0": "q4_0", "tq2_0": "q4_0"}
 
 # general.file_type, which programs only show: of one type throughout, and of a mixture led by it.
 _FILE_TYPES = {
     "float32": (0, 0), "float16": (1, 1), "bfloat16": (32, 32), "q4_0": (2, 2), "q4_1": (3, 3), "q5_0": (8, 8), "q5_1": (9, 9),
     "q8_0": (7, 7), "q2_k": (21, 10), "q3_k": (11, 12), "q4_k": (14, 15), "q5_k": (16, 17), "q6_k": (18, 18),
+    "iq4_nl": (25, 25), "iq4_xs": (30, 30), "tq1_0": (36, 36), "tq2_0": (37, 37), "ggml_mxfp4": (38, 38), "ggml_nvfp4": (39, 39),
+    "q1_0": (40, 40), "q2_0": (41, 41), "iq1_s": (24, 24), "iq1_m": (31, 31), "iq2_xxs": (19, 19), "iq2_xs": (20, 28), "iq2_s": (29, 29),
+    "iq3_xxs": (23, 23), "iq3_s": (26, 27),
 }  # fmt: skip
 
 
@@ -48,8 +53,8 @@ _FILE_TYPES = {
 def open_file(path: Path) -> Checkpoint:
     """Open a GGUF file (of a split one, any of its parts) lazily, under Hugging Face names and in Hugging Face's layout.
 
-    Block types of numerics.ggml become LazyQuantized; other quantized types (IQ*, TQ*, MXFP4) are decoded to float16 when read, as are
-    matrices that Hugging Face stores transposed (GPT-2) and everything in architectures without an entry in gguf_arch. files is empty: the tokenizer is inside, see write_tokenizer.
+    Blocks become LazyQuantized, but for what is decoded to float16 when read: matrices that Hugging Face stores transposed (GPT-2) and everything in
+    architectures without an entry in gguf_arch. A matrix with a scale beside it (NVFP4) is decoded to float32. files is empty: the tokenizer is inside, see write_tokenizer.
     """
     header = read_header(path)
     metadata, name = Metadata(header), header.get("general.architecture")
@@ -58,20 +63,30 @@ def open_file(path: Path) -> Checkpoint:
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(f"{path} holds no token_embd.weight; it is not a whole language model.")
     arch = gguf_arch.find_named(name, metadata)
+    _refuse_counts(header, name)
     if arch is None:
         return _open_other(header, name, metadata)
     config = _config(header, arch, metadata)
     tensors: dict[str, LazyTensor] = {}
     quantized: dict[str, LazyQuantized] = {}
     for info in header.tensors.values():
-        if info.name in ROPE_TENSORS:
+        stem, _, suffix = info.name.rpartition(".")
+        if info.name in ROPE_TENSORS or (suffix in _SCALES and f"{stem}.weight" in header.tensors):
             continue
-        for name, entry in _entries(info, arch, config):
+        for name, entry in _entries(info, header.tensors.get(f"{stem}.scale") if suffix == "weight" else None, arch, config):
             if isinstance(entry, LazyQuantized):
                 quantized[name] = entry
             else:
                 tensors[name] = entry
     return Checkpoint("gguf", header.path, config, tensors, quantized, provenance=_provenance(header))
+
+
+def _refuse_counts(header: Header, name: str) -> None:
+    """Raise CheckpointError for more layers than tensors, and for stacks of experts that the metadata does not announce: what is read grows with both."""
+    layers, experts = header.get(f"{name}.block_count", 0), header.get(f"{name}.expert_count", 0)
+    for key, value, most in (("block_count", layers, len(header.tensors)), ("expert_count", experts, MOST_EXPERTS)):
+        if type(value) is not int or not 0 <= value <= most:
+            raise CheckpointError(f"{header.path}: {name}.{key} is {value!r}; expected a number from 0 to {most:,}, and the file has {len(header.tensors)} tensors.")
 
 
 def _open_other(header: Header, name: str, metadata: Mapping) -> Checkpoint:
@@ -82,18 +97,21 @@ def _open_other(header: Header, name: str, metadata: Mapping) -> Checkpoint:
         their_name, shape, arrange = reader.tensor(info.name, info.shape)
         dense = _dense(info)
         whole = lambda start, stop, dense=dense, arrange=arrange: arrange(dense.load())[start:stop]
-        tensors[their_name] = dense if arrange is None else LazyTensor(shape, dense.dtype, whole, info.nbytes)
+        tensors[their_name] = dense if arrange is None else LazyTensor(shape, dense.dtype, whole, info.nbytes, dense.stored_as)
     return Checkpoint("gguf", header.path, {**reader.config, "dtype": _model_dtype(header)}, tensors, provenance=_provenance(header))
 
 
 def _config(header: Header, arch: Arch, metadata: Mapping) -> dict:
-    rope_data = {name: _dense(header.tensors[name]).load() for name in ROPE_TENSORS if name in header.tensors}
+    factors = [header.tensors[name] for name in ROPE_TENSORS if name in header.tensors]
+    if odd := next((info for info in factors if info.type_id or len(info.shape) != 1), None):
+        raise CheckpointError(f"{header.path}: {odd.name} is {list(odd.shape)} of type {STORED_TYPES[odd.type_id].name}; expected a vector of F32.")
+    rope_data = {info.name: _dense(info).load() for info in factors}
     rows = header.tensors["token_embd.weight"].shape[0]
     try:
         config = gguf_arch.config_from(arch, metadata, header.tensors, rows, rope_data)
         for leaf in arch.permuted:
             gguf_arch.heads(arch, leaf, config)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError, KeyError) as error:
         raise CheckpointError(f"{header.path}: its metadata has values of the wrong kind: {error}.") from error
     except CheckpointError as error:
         raise CheckpointError(f"{header.path}: {error}") from error
@@ -110,44 +128,53 @@ def _model_dtype(header: Header) -> str:
 
 
 def _provenance(header: Header) -> dict:
-    text = header.get(PROVENANCE)
-    try:
-        data = json.loads(text) if isinstance(text, str) else {}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{header.path}: the metadata {PROVENANCE} is not JSON: {error}.") from error
-    return data if isinstance(data, dict) else {}
+    text, where = header.get(PROVENANCE, "{}"), f"{header.path}: the metadata {PROVENANCE}"
+    if not isinstance(text, str):
+        raise CheckpointError(f"{where} is a {type(text).__name__}; expected JSON.")
+    return safetensors.checked_provenance(safetensors.parse_json(text, where), where)
 
 
-def _entries(info: TensorInfo, arch: Arch, config: Mapping) -> Iterator[tuple[str, LazyTensor | LazyQuantized]]:
-    """The Hugging Face tensors that one tensor of the file holds: itself, or one for each expert."""
+def _entries(info: TensorInfo, scale: TensorInfo | None, arch: Arch, config: Mapping) -> Iterator[tuple[str, LazyTensor | LazyQuantized]]:
+    """The Hugging Face tensors that one tensor of the file holds: itself, or one for each expert. scale: what lies beside it."""
     name = gguf_arch.hugging_face_name(arch, info.name)
     if "{e}" not in name:
-        yield name, _entry(info, arch, config)
+        yield name, _entry(info, arch, config, factor=_factors(scale, 1)[0])
         return
     if len(info.shape) != 3:
         raise CheckpointError(f"tensor {info.name!r} is {list(info.shape)}; a stack of experts has three dimensions.")
     count, rows, columns = info.shape
-    for expert in range(count):
+    if count > MOST_EXPERTS:
+        raise CheckpointError(f"tensor {info.name!r} is a stack of {count:,} experts; expected at most {MOST_EXPERTS:,}.")
+    for expert, factor in enumerate(_factors(scale, count)):
         part = TensorInfo(info.name, info.type_id, (rows, columns), info.rows[expert * rows : (expert + 1) * rows])
-        yield name.replace("{e}", str(expert)), _entry(part, arch, config)
+        yield name.replace("{e}", str(expert)), _entry(part, arch, config, factor=factor)
 
 
-def _entry(info: TensorInfo, arch: Arch, config: Mapping) -> LazyTensor | LazyQuantized:
+def _factors(scale: TensorInfo | None, count: int) -> list[float | None]:
+    """The factor of each of count matrices; None where the file has none."""
+    if scale is None:
+        return [None] * count
+    if scale.type_id != 0 or scale.shape != (count,):
+        raise CheckpointError(f"tensor {scale.name!r} is {list(scale.shape)} of type {STORED_TYPES[scale.type_id].name}; {count} f32 belong there, one for each matrix.")
+    return _dense(scale).load().tolist()
+
+
+def _entry(info: TensorInfo, arch: Arch, config: Mapping, *, factor: float | None) -> LazyTensor | LazyQuantized:
     stem, _, suffix = info.name.rpartition(".")
     leaf = stem.rpartition(".")[2]
     if len(info.shape) > 2 or (len(info.shape) == 1 and info.type_id not in _DTYPES):
-        raise CheckpointError(f"tensor {info.name!r} is {list(info.shape)} of type {GGMLQuantizationType(info.type_id).name}; a matrix or a dense vector belongs there.")
+        raise CheckpointError(f"tensor {info.name!r} is {list(info.shape)} of type {STORED_TYPES[info.type_id].name}; a matrix or a dense vector belongs there.")
     order = None
     if leaf in arch.permuted:
         order = _unpermute(info, gguf_arch.heads(arch, leaf, config))
     if leaf in arch.transposed and suffix == "weight":
-        return _transposed(_dense(info, order))
+        return _transposed(_dense(info, order, factor=factor))
     if leaf in arch.flat:
         info = TensorInfo(info.name, info.type_id, (1, *info.shape), info.rows.reshape(1, -1))
-    if info.type_id in _BLOCK_NAMES and len(info.shape) == 2:
+    if info.type_id in _BLOCK_NAMES and len(info.shape) == 2 and factor is None:
         return _quantized(info, order)
     shift = arch.norm_shift if info.name.endswith("norm.weight") else 0.0
-    return _dense(info, order, shift=-shift)
+    return _dense(info, order, shift=-shift, factor=factor)
 
 
 def _unpermute(info: TensorInfo, n_heads: int) -> Tensor:
@@ -182,36 +209,24 @@ def _quantized(info: TensorInfo, order: Tensor | None) -> LazyQuantized:
     return LazyQuantized(scheme, matrix_shape(info.shape), getattr(torch, _STANDS_FOR), lambda: rows(0, info.shape[0]), info.nbytes, rows)
 
 
-def _dense(info: TensorInfo, order: Tensor | None = None, *, shift: float = 0.0) -> LazyTensor:
-    """A tensor as dense values: stored ones in their own dtype, quantized ones decoded to float16."""
-    dtype = _DTYPES.get(info.type_id, getattr(torch, _STANDS_FOR))
-    decode = (lambda data: data.view(dtype)) if info.type_id in _DTYPES else lambda data: _decode_rows(data, info).to(dtype)
+def _dense(info: TensorInfo, order: Tensor | None = None, *, shift: float = 0.0, factor: float | None = None) -> LazyTensor:
+    """A tensor as dense values: stored ones in their own dtype, quantized ones decoded to float16; with a factor, their products in float32."""
+    if info.type_id not in _DTYPES and info.type_id not in _BLOCK_NAMES:
+        raise CheckpointError(f"tensor {info.name!r} is of type {STORED_TYPES[info.type_id].name}; weights are floats or blocks of them.")
+    dtype = _DTYPES.get(info.type_id, getattr(torch, _STANDS_FOR)) if factor is None else torch.float32
 
     def read(start: int, stop: int) -> Tensor:
         stop = min(stop, info.shape[0])
-        values = decode(_bytes(info, order, start, stop)).view(stop - start, *info.shape[1:])
+        data = _bytes(info, order, start, stop)
+        values = data.view(_DTYPES[info.type_id]) if info.type_id in _DTYPES else ggml.decode(data, _BLOCK_NAMES[info.type_id])
+        values = (values if factor is None else values.float() * factor).to(dtype).view(stop - start, *info.shape[1:])
         return values + shift if shift else values
 
-    return LazyTensor(info.shape, dtype, read, info.nbytes)
-
-
-def _decode_rows(data: Tensor, info: TensorInfo) -> Tensor:
-    """Quantized rows [rows, row bytes] as float32 [rows, columns]; types that lowbit does not know are left to gguf-py."""
-    if info.type_id in _BLOCK_NAMES:
-        return ggml.decode(data, _BLOCK_NAMES[info.type_id])
-    from gguf import quants
-
-    step = max(1, _CHUNK // info.shape[-1])
-    kind = GGMLQuantizationType(info.type_id)
-    try:
-        parts = [torch.from_numpy(quants.dequantize(data[i : i + step].numpy(), kind)) for i in range(0, len(data), step)]
-    except NotImplementedError as error:
-        raise CheckpointError(f"tensor {info.name!r} is of type {kind.name}, which gguf-py cannot decode: {error}.") from error
-    return torch.cat(parts)
+    return LazyTensor(info.shape, dtype, read, info.nbytes, None if info.type_id in _DTYPES else STORED_TYPES[info.type_id].name)
 
 
 def _transposed(lazy: LazyTensor) -> LazyTensor:
-    return LazyTensor(lazy.shape[::-1], lazy.dtype, lambda start, stop: lazy.load().T[start:stop].contiguous(), lazy.nbytes)
+    return LazyTensor(lazy.shape[::-1], lazy.dtype, lambda start, stop: lazy.load().T[start:stop].contiguous(), lazy.nbytes, lazy.stored_as)
 
 
 def write_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
@@ -280,8 +295,10 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
 
 
 def _block_type(type_name: str, name: str) -> ggml.BlockType:
+    """The block type that holds the codes of a format other than integers unchanged."""
+    type_name = _SAME_CODES.get(type_name, type_name)
     if type_name not in ggml.BLOCK_TYPES:
-        raise RecipeError(f"{name}: GGUF has no type for the format {type_name!r}; it holds int (2 to 8 bits), {', '.join((*CASTS, *ggml.BLOCK_TYPES))}.")
+        raise RecipeError(f"{name}: GGUF has no type for the format {type_name!r}; it holds int (2 to 8 bits), {', '.join((*CASTS, *_SAME_CODES, *ggml.WRITTEN))}.")
     return ggml.BLOCK_TYPES[type_name]
 
 
@@ -369,7 +386,7 @@ def _piece(checkpoint: Checkpoint, arch: Arch, config: Mapping, place: Place, na
     entry = checkpoint.quantized.get(name)
     if entry is not None and entry.scheme.format not in CASTS:
         check(entry.scheme, entry.shape, name)
-        type_name = _int_type(entry.scheme, name) if entry.scheme.format == INT else entry.scheme.format
+        type_name = _int_type(entry.scheme, name) if entry.scheme.format == INT else _block_type(entry.scheme.format, name).name
         rows = lambda: _rows(_to_blocks(entry.load(), type_name), n_heads, name)
         return ggml.BLOCK_TYPES[type_name].type_id, entry.shape, rows
     dense = checkpoint.tensors[name] if entry is None else entry
@@ -396,6 +413,8 @@ def _rows(values: Tensor, n_heads: int | None, name: str) -> Tensor:
 
 def _to_blocks(qt: QuantizedTensor, type_name: str) -> Tensor:
     """A quantized matrix as blocks of a type that holds its codes: the codes moved to the type's zero, scales repeated for every 32 weights."""
+    if qt.scheme.format in _SAME_CODES:
+        return ggml_tables.pack_mxfp4(qt.parts["codes"], qt.parts["scale"])
     if qt.scheme.format != INT:
         return qt.parts["blocks"]
     integer.refuse_order(qt, "GGUF")
@@ -426,7 +445,13 @@ def _made_metadata(checkpoint: Checkpoint, arch: Arch, config: dict, planned: li
         "general.quantization_version": ("u32", 2),
         **gguf_tokenizer.metadata(checkpoint.files, config, rows, where=checkpoint.path),
     }
-    return {key: pack_value(kind, value) for key, (kind, value) in values.items()}
+    raw = {}
+    for key, (kind, value) in values.items():
+        try:
+            raw[key] = pack_value(kind, value)
+        except (struct.error, OverflowError, TypeError, AttributeError, UnicodeEncodeError) as error:
+            raise CheckpointError(f"{checkpoint.path}: {key} is {value!r}, which a GGUF cannot hold as {kind} ({error}). Its config or tokenizer is damaged.") from error
+    return raw
 
 
 def _copied_metadata(source: Header, planned: list[Planned], provenance: Mapping) -> dict[str, bytes]:
@@ -441,7 +466,7 @@ def _copied_metadata(source: Header, planned: list[Planned], provenance: Mapping
 def _importance_metadata(provenance: Mapping) -> dict[str, bytes]:
     """What llama-quantize says of the importance matrix that was used."""
     match provenance.get("imatrix"):
-        case {"file": str(file), "datasets": list(datasets), "entries": int(entries), "chunks": int(chunks)} if min(entries, chunks) >= 0:
+        case {"file": str(file), "datasets": list(datasets), "entries": int(entries), "chunks": int(chunks)} if min(entries, chunks) >= 0 and max(entries, chunks) < 1 << 32:
             values = {"file": ("string", file), "dataset": ("string", ", ".join(map(str, datasets))), "entries_count": ("u32", entries), "chunks_count": ("u32", chunks)}
             return {f"quantize.imatrix.{key}": pack_value(kind, value) for key, (kind, value) in values.items()}
     return {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .checkpoint import plain_config
 
 Value = tuple[str, object]  # a GGUF type ("u32", "f32", "bool", "string", "i32[]", ...) and the value
 
@@ -341,13 +342,12 @@ def hugging_face_name(arch: Arch, name: str) -> str:
 
 def full_config(config: dict) -> dict:
     """The text model's config with every default filled in by transformers (a config.json may leave them out)."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    given = {key: value for key, value in config.items() if key != "quantization_config"}
+    given = plain_config(config, "the model")
     try:
         return AutoConfig.for_model(**given).get_text_config().to_dict()
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # the library raises many kinds for values that make no config
         raise CheckpointError(f"transformers does not accept this config of a {config['model_type']} model: {' '.join(str(error).split())}") from error
 
 
@@ -503,8 +503,11 @@ _REQUIRED = {key for key, _, _ in (*_KEYS, *_GPT2_KEYS)} - {"attention.head_coun
 
 
 def shortest(value: Any) -> float:
-    """The shortest decimal number that is this float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+    """The shortest decimal number that is this float32: 1e-05, not 9.999999747378752e-06. ValueError for NaN and infinity."""
+    made = float(str(np.float32(value)))
+    if not math.isfinite(made):
+        raise ValueError(f"{value} is not a finite number")
+    return made
 
 
 def _rope_config(arch: Arch, values: Mapping[str, object], config: Mapping, rope_data: Mapping[str, Tensor]) -> dict:
@@ -535,7 +538,9 @@ def _rope_config(arch: Arch, values: Mapping[str, object], config: Mapping, rope
 
 
 def _scaling_of_factors(factors: Tensor, theta: float, config: Mapping) -> dict:
-    """rope_scaling of the divisors that a file stores: llama 3's own settings if they give these numbers, else the numbers themselves."""
+    """rope_scaling of the divisors that a file stores: llama 3's own settings if they give these numbers, else the numbers themselves. ValueError for what divides nothing."""
+    if not bool((factors > 0).all()):
+        raise ValueError(f"a divisor of the rope is {factors.min().item()}")
     rope = {
         "rope_type": "llama3",
         "factor": shortest(factors.max().item()),

@@ -20,22 +20,41 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError
+from ..numerics.ggml import BLOCK_TYPES
 
 _MAGIC = b"GGUF"
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 _MOST_PARTS = 65_535  # split.count is u16
+HEADER_BYTES, STRINGS = 1 << 27, 1 << 22  # of a header and of an array in it; 260,000 tokens with 510,000 merges take 16 MB
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _TYPE_IDS = {"u16": 2, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
+
+
+@dataclass(frozen=True)
+class StoredType:
+    """A tensor type of ggml: its name, the elements of a block, and its bytes."""
+
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+# By ggml's number.
+STORED_TYPES: dict[int, StoredType] = {
+    0: StoredType("f32", 1, 4), 1: StoredType("f16", 1, 2), 30: StoredType("bf16", 1, 2), 28: StoredType("f64", 1, 8),
+    24: StoredType("i8", 1, 1), 25: StoredType("i16", 1, 2), 26: StoredType("i32", 1, 4), 27: StoredType("i64", 1, 8),
+    **{kind.type_id: StoredType(kind.name, kind.block_size, kind.block_bytes) for kind in BLOCK_TYPES.values()},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,8 +82,8 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self.type_id)]
-        return math.prod(self.shape) // block * block_bytes
+        kind = STORED_TYPES[self.type_id]
+        return math.prod(self.shape) // kind.block_size * kind.block_bytes
 
 
 @dataclass(frozen=True)
@@ -160,7 +179,7 @@ def _parse(path: Path, data: np.ndarray) -> Header:
         raise CheckpointError(f"{path} is {'a big-endian GGUF' if big else f'GGUF version {version}'}; little-endian files of version 2 and 3 are read.")
     if 13 * n_values + 25 * n_tensors > len(data):
         raise CheckpointError(f"{path} says it has {n_tensors:,} tensors and {n_values:,} metadata values, more than {len(data):,} bytes can hold. It is damaged.")
-    cursor = _Cursor(path, view, 24)
+    cursor = _Cursor(path, view[:HEADER_BYTES], 24)
     raw = {}
     for _ in range(n_values):
         key, value = cursor.text(), cursor.value()
@@ -170,7 +189,7 @@ def _parse(path: Path, data: np.ndarray) -> Header:
     infos = [cursor.tensor() for _ in range(n_tensors)]
     header = Header(path, raw, {})
     alignment = header.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise CheckpointError(f"{path}: general.alignment is {alignment!r}; expected a power of two.")
     tensors = _place(path, data, infos, start=-(-cursor.position // alignment) * alignment, alignment=alignment)
     return Header(path, raw, tensors)
@@ -189,7 +208,8 @@ class _Cursor:
 
     def skip(self, size: int) -> None:
         if size > len(self.view) - self.position:
-            raise CheckpointError(f"{self.path}: {size:,} bytes are announced at byte {self.position:,} and the file ends at {len(self.view):,}. It is truncated or damaged.")
+            end = f"the file ends at {len(self.view):,}" if len(self.view) < HEADER_BYTES else f"a header has at most {HEADER_BYTES:,}"
+            raise CheckpointError(f"{self.path}: {size:,} bytes are announced at byte {self.position:,} and {end}. It is truncated or damaged.")
         self.position += size
 
     def text(self) -> str:
@@ -223,7 +243,7 @@ class _Cursor:
         if kind != _STRING:
             self.skip(count * self._size(kind))
             return
-        if 8 * count > len(self.view) - self.position:
+        if 8 * count > len(self.view) - self.position or count > STRINGS:
             raise CheckpointError(f"{self.path}: an array of {count:,} strings is announced at byte {self.position:,}, more than the file can hold. It is damaged.")
         view, position, length = self.view, self.position, struct.Struct("<Q").unpack_from
         for _ in range(count):
@@ -246,16 +266,16 @@ class _Cursor:
 def _place(path: Path, data: np.ndarray, infos: list, *, start: int, alignment: int) -> dict[str, TensorInfo]:
     """Check that every tensor lies inside of the file, and map it."""
     tensors: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int, str]] = []
     for name, shape, type_id, offset in infos:
         where = f"{path}: tensor {name!r}"
         if name in tensors:
             raise CheckpointError(f"{where} is there twice.")
-        try:
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
-        except (ValueError, KeyError):
-            raise CheckpointError(f"{where} is of ggml type {type_id}, which this version does not know.") from None
+        if type_id not in STORED_TYPES:
+            raise CheckpointError(f"{where} is of ggml type {type_id}, which this version does not know.")
+        block, block_bytes = STORED_TYPES[type_id].block_size, STORED_TYPES[type_id].block_bytes
         if min(shape) < 1 or shape[-1] % block:
-            raise CheckpointError(f"{where} is {list(shape)}; type {GGMLQuantizationType(type_id).name} needs rows of a multiple of {block}.")
+            raise CheckpointError(f"{where} is {list(shape)}; type {STORED_TYPES[type_id].name} needs rows of a multiple of {block}.")
         if offset % alignment:
             raise CheckpointError(f"{where} begins at offset {offset}, which is not a multiple of {alignment}. The file is damaged.")
         row_bytes = shape[-1] // block * block_bytes
@@ -263,8 +283,12 @@ def _place(path: Path, data: np.ndarray, infos: list, *, start: int, alignment: 
         size = rows * row_bytes
         if begin + size > len(data):
             raise CheckpointError(f"{where} ends at byte {begin + size:,} and the file at {len(data):,}. It is truncated or damaged.")
+        spans.append((begin, begin + size, name))
         flat = data[begin : begin + size]
         tensors[name] = TensorInfo(name, type_id, shape, flat.reshape(rows, row_bytes) if len(shape) > 1 else flat.reshape(shape[0] // block, block_bytes))
+    for (_, end, name), (begin, _, other) in pairwise(sorted(spans)):
+        if begin < end:
+            raise CheckpointError(f"{path}: the tensors {name!r} and {other!r} lie on the same bytes. The file is damaged.")
     return tensors
 
 

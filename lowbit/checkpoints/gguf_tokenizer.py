@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, foreign_errors
 from .gguf_arch import Value
-from .safetensors import read_json
+from .safetensors import read_json, read_text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "cls": "cls", "mask": "mask"}
@@ -32,7 +32,14 @@ def metadata(files: Iterable[Path], config: dict, rows: int, *, where: Path) -> 
         raise CheckpointError(f"{where} has no tokenizer.json, which a GGUF needs. Make one: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL).")
     data = read_json(by_name["tokenizer.json"])
     settings = read_json(by_name["tokenizer_config.json"]) if "tokenizer_config.json" in by_name else {}
-    tokenizer = _load(by_name["tokenizer.json"])
+    with foreign_errors(f"{where}: its tokenizer is damaged, or of a kind that the tokenizers library does not read"):
+        return _metadata(data, settings, by_name, config, rows, where)
+
+
+def _metadata(data: dict, settings: dict, by_name: dict[str, Path], config: dict, rows: int, where: Path) -> dict[str, Value]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(by_name["tokenizer.json"]))
     if data["model"].get("type") != "BPE":
         raise CheckpointError(f"{where}: the tokenizer is of type {data['model'].get('type')}; byte-level BPE and SentencePiece BPE can be written as GGUF.")
     tokens, types = _vocabulary(data, rows, where)
@@ -43,15 +50,6 @@ def metadata(files: Iterable[Path], config: dict, rows: int, *, where: Path) -> 
     if template:
         values["tokenizer.chat_template"] = ("string", template)
     return values
-
-
-def _load(path: Path):
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer that the tokenizers library reads: {error}.") from error
 
 
 def _parts(part: dict | None) -> list[dict]:
@@ -187,7 +185,7 @@ def _special(tokenizer, settings: dict, config: dict) -> dict[str, Value]:
 
 def _chat_template(files: dict[str, Path], settings: dict) -> str | None:
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text(encoding="utf-8")
+        return read_text(files["chat_template.jinja"])
     template = settings.get("chat_template")
     if template is None and "chat_template.json" in files:
         template = read_json(files["chat_template.json"]).get("chat_template")
@@ -199,6 +197,11 @@ def _chat_template(files: dict[str, Path], settings: dict) -> str | None:
 
 def rebuild(path: Path, values: Mapping):
     """The Hugging Face tokenizer of a GGUF file, cutting text as llama.cpp does. values: its metadata."""
+    with foreign_errors(f"{path}: transformers cannot build a tokenizer of this file"):
+        return _rebuild(path, values)
+
+
+def _rebuild(path: Path, values: Mapping):
     kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
     from tokenizers import normalizers
     from transformers import AutoTokenizer
@@ -207,16 +210,14 @@ def rebuild(path: Path, values: Mapping):
     split = next((split for split in _table()["splits"] if pre in split["names"]), None)
     if kind == "gpt2" and split is None and pre not in GGUF_PRE_TOKENIZER_SPLITS:
         raise CheckpointError(f"{path}: how the pre-tokenizer {pre!r} cuts text is not known to this version, so its tokenizer cannot be rebuilt. Take tokenizer.json from the original model.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, TypeError, OSError, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: transformers cannot build a tokenizer of this file: {error}.") from error
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if kind == "gpt2" and split is not None:
         # transformers leaves rules it does not know at GPT-2's and never sets ignore_merges.
         tokenizer.backend_tokenizer.pre_tokenizer = _build(split["steps"])
         tokenizer.backend_tokenizer.model.ignore_merges = split.get("ignore_merges", False)
     if kind == "gpt2":
         _restore_added(tokenizer, values)
+        _drop_invented(tokenizer, len(values["tokenizer.ggml.tokens"]))
     if kind == "llama":
         # llama.cpp puts a space before every text that wants one; transformers' Metaspace leaves out those that begin with a space.
         prepend = [normalizers.Prepend(_SPACE)] if values.get("tokenizer.ggml.add_space_prefix", True) else []
@@ -241,6 +242,21 @@ def _restore_added(tokenizer, values: Mapping) -> None:
     added = data["added_tokens"] + [{"id": i, "content": token, **plain, "special": kinds[types[i]]} for i, token in lost.items()]
     data["added_tokens"] = sorted(added, key=lambda entry: entry["id"])
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+
+
+def _drop_invented(tokenizer, count: int) -> None:
+    """Take out special tokens that transformers gives to every tokenizer of a class (<|endoftext|>) and that the file, of count tokens, has not."""
+    from tokenizers import Tokenizer
+
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    invented = {entry["content"] for entry in data["added_tokens"] if entry["id"] >= count}
+    if not invented:
+        return
+    data["added_tokens"] = [entry for entry in data["added_tokens"] if entry["id"] < count]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if str(getattr(tokenizer, name)) in invented:
+            tokenizer._special_tokens_map[name] = None
 
 
 def _build(steps: list[str]):

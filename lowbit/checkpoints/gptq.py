@@ -120,12 +120,11 @@ def write(kind: str) -> Callable[..., None]:
     def run(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
         for name, entry in checkpoint.quantized.items():
             check(kind)(entry.scheme, entry.shape, name)
-        schemes = {entry.scheme for entry in checkpoint.quantized.values()}
-        if len(schemes) != 1:
-            raise RecipeError(f"{kind} holds one scheme for all layers, and this has {len(schemes)}: {', '.join(sorted(scheme.name for scheme in schemes))}. Use --to compressed-tensors for mixtures.")
-        scheme = schemes.pop()
-        layout = AWQ if kind == "awq" else V1 if scheme.symmetric else V2
+        scheme = safetensors.one_scheme(checkpoint, kind)
+        as_awq = kind == "awq" or (kind == "auto-round" and scheme.bits == 4 and not scheme.symmetric)  # AutoRound itself packs those so
+        layout = AWQ if as_awq else V1 if scheme.symmetric else V2
         names = ("qweight", "qzeros", "scales") if kind != "gptq" else PARTS
+        section = _section(kind, scheme, layout, safetensors.dense_linears(checkpoint))
 
         def stored(name: str) -> dict[str, Tensor | LazyTensor]:
             qt = checkpoint.quantized[name].load()
@@ -134,21 +133,23 @@ def write(kind: str) -> Callable[..., None]:
             parts = encode(qt, layout)
             return {f"{name.removesuffix('weight')}{part}": parts[part] for part in names}
 
-        safetensors.write_packed(checkpoint, folder, stored, _section(kind, scheme, layout), entries=len(names), shard_bytes=shard_bytes, progress=progress)
+        safetensors.write_packed(checkpoint, folder, stored, section, entries=len(names), shard_bytes=shard_bytes, progress=progress)
         if kind == "gptq":  # GPTQModel's own copy of the section
-            safetensors.write_text(folder / "quantize_config.json", json.dumps(_section(kind, scheme, layout), indent=2) + "\n")
+            safetensors.write_text(folder / "quantize_config.json", json.dumps(section, indent=2) + "\n")
 
     return run
 
 
-def _section(kind: str, scheme: Scheme, layout: str) -> dict:
-    """quantization_config of config.json."""
+def _section(kind: str, scheme: Scheme, layout: str, dense: list[str]) -> dict:
+    """quantization_config of config.json. dense: linear layers that are not packed."""
     common = {"bits": scheme.bits, "group_size": scheme.group_size}
     if kind == "awq":
-        return {"quant_method": "awq", **common, "zero_point": not scheme.symmetric, "version": "gemm", "modules_to_not_convert": None}
+        # "zero_point" says that zero-points are stored, which they are in any case; without it vLLM takes a slow kernel. "sym" is ours, to read the scheme back.
+        return {"quant_method": "awq", **common, "zero_point": True, "sym": scheme.symmetric, "version": "gemm", "modules_to_not_convert": None}
     if kind == "auto-round":
-        packing_format = "auto_round:auto_gptq" if layout == V1 else "auto_round"
-        return {"quant_method": "auto-round", "packing_format": packing_format, **common, "sym": scheme.symmetric, "data_type": "int", "autoround_version": "0.16.1"}
+        packing_format = {V1: "auto_round:auto_gptq", V2: "auto_round", AWQ: "auto_round:auto_awq"}[layout]
+        kept = {"extra_config": {name: {"bits": 16} for name in dense if name != "lm_head"}} if dense != ["lm_head"] else {}
+        return {"quant_method": "auto-round", "packing_format": packing_format, **common, "sym": scheme.symmetric, "data_type": "int", "autoround_version": "0.16.1", **kept}
     return {
         "quant_method": "gptq", **common, "sym": scheme.symmetric, "desc_act": False, "checkpoint_format": layout, "format": layout, "damp_percent": 0.01, "true_sequential": False,
         "static_groups": True, "lm_head": False, "pack_dtype": "int32", "meta": {"quantizer": ["lowbit"]},
@@ -187,8 +188,10 @@ def _layout(section: dict, method: str, path: Path) -> str:
         return AWQ
     if method == "auto-round":
         name = section.get("packing_format", "auto_round:gptq")
-        if name not in PACKING_FORMATS:
+        if not isinstance(name, str) or name not in PACKING_FORMATS:
             raise CheckpointError(f"{path}: packing_format is {name!r}; of AutoRound this version reads {', '.join(PACKING_FORMATS)}.")
+        if section.get("data_type", "int") != "int":
+            raise CheckpointError(f"{path}: data_type is {section['data_type']!r}; of AutoRound this version reads int.")
         return PACKING_FORMATS[name]
     name = section.get("checkpoint_format") or section.get("format") or V1
     if name not in (V1, V2):
@@ -199,8 +202,9 @@ def _layout(section: dict, method: str, path: Path) -> str:
 
 
 def _open_module(module: str, tensors: Mapping[str, LazyTensor], section: dict, layout: str, config: dict, path: Path) -> LazyQuantized:
-    bits, size = section.get("bits"), section.get("group_size", -1)
-    symmetric = section.get("sym", True) if layout != AWQ else not section.get("zero_point", not section.get("sym", False))
+    bits, size, symmetric = section.get("bits"), section.get("group_size", -1), section.get("sym", layout != AWQ)
+    if layout == AWQ and "zero_point" in section:
+        symmetric = not section["zero_point"] if type(section["zero_point"]) is bool else section["zero_point"]
     if type(bits) is not int or bits not in (BITS if layout != AWQ else (4,)) or type(size) is not int or (size < 1 and size != -1) or type(symmetric) is not bool:
         raise CheckpointError(f"{path}: {module}: bits {bits!r}, group_size {size!r}, symmetric {symmetric!r}; expected 2, 3, 4 or 8 bits (AWQ: 4) and a group_size of -1 or more than 0.")
     parts = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors and not (layout == AWQ and part == "g_idx")}

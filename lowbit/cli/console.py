@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -41,7 +42,14 @@ class BarProgress(Progress):
 
     def note(self, message: str) -> None:
         if not self.quiet:
-            err.print(f"[dim]note[/] {message}", highlight=False, soft_wrap=True)
+            err.print(f"[dim]note[/] {plain(message)}", highlight=False, soft_wrap=True)
+
+
+def plain(text: object, most: int = 4000) -> str:
+    """Text that comes from a file, for the terminal: nothing in it is markup, moves the cursor or hides, and it is cut at most characters."""
+    shown = str(text)
+    shown = shown if len(shown) <= most else f"{shown[:most]} ... ({len(shown):,} characters)"
+    return escape("".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown))
 
 
 def print_json(data: Any) -> None:
@@ -82,9 +90,9 @@ def comparison_tables(comparison) -> list[Table]:
     for row in comparison.rows:
         full, half = row.summaries["full"], row.summaries["llama.cpp"]
         sizes = f"{row.size.file_bytes / 1e6:.1f}", f"{row.size.bits_per_weight:.2f}", f"{row.size.linear_bits:.2f}"
-        size.add_row(row.name, *sizes, f"{full.perplexity.value:.2f}", _interval(full.perplexity, 2), f"{half.perplexity.value:.2f}")
+        size.add_row(plain(row.name), *sizes, f"{full.perplexity.value:.2f}", _interval(full.perplexity, 2), f"{half.perplexity.value:.2f}")
         if full.kl_mean is not None:
-            loss.add_row(row.name, *_loss(full, half))
+            loss.add_row(plain(row.name), *_loss(full, half))
     if comparison.noise_floor:
         loss.add_row("noise floor", *_loss(comparison.noise_floor["full"], comparison.noise_floor["llama.cpp"]), style="dim")
     return [size, loss] if loss.row_count else [size]

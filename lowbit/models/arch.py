@@ -9,7 +9,6 @@ from ..errors import ModelError
 UNSUPPORTED = {
     "gemma3n": "its later blocks reuse the keys and values of earlier ones and every block takes an embedding of its own",
     "gemma3n_text": "its later blocks reuse the keys and values of earlier ones and every block takes an embedding of its own",
-    "gpt_oss": "its experts have biases and interleaved, transposed weights, which the expert driver does not handle yet",
     "mamba": "it is a state-space model without attention blocks and has not been tested",
     "mamba2": "it is a state-space model without attention blocks and has not been tested",
 }
@@ -17,6 +16,9 @@ UNSUPPORTED = {
 
 # Linear layers of a few outputs that route tokens: they cost nothing and decide everything.
 ROUTERS = ("gate", "router", "shared_expert_gate")
+
+# Matrices of one input that vLLM and others make one layer.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def refuse_unsupported(config) -> None:

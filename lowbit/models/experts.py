@@ -19,10 +19,12 @@ EXPERTS_IMPLEMENTATION = "lowbit"
 
 
 class FusedExperts(Protocol):
-    """What experts_forward uses of transformers' modules. down_proj: [experts, hidden, intermediate]."""
+    """What experts_forward uses of transformers' modules. down_proj: [experts, hidden, intermediate], transposed [experts, intermediate, hidden]."""
 
     num_experts: int
     has_gate: bool
+    has_bias: bool
+    is_transposed: bool
     down_proj: Tensor
     act_fn: Callable[[Tensor], Tensor]
 
@@ -39,8 +41,8 @@ def check_experts(module: nn.Module, name: str) -> None:
     """Raise ModelError for a layout of experts that is not handled."""
     if not hasattr(module, "has_bias"):  # not one of those that take a registered function
         raise ModelError(f"{name}: {type(module).__name__} runs its experts itself, so what each of them sees cannot be told apart.")
-    if module.has_bias or module.is_transposed or not module.is_concatenated or module.has_post_expert_norm:
-        raise ModelError(f"{name}: experts with biases, transposed or interleaved weights are not handled yet ({type(module).__name__}).")
+    if module.has_post_expert_norm:
+        raise ModelError(f"{name}: experts with a norm of their own are not handled yet ({type(module).__name__}).")
 
 
 def experts_forward(self: FusedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ def experts_forward(self: FusedExperts, hidden_states: Tensor, top_k_index: Tens
     gives what they read instead.
     """
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, observe, rounded = getattr(self, up_name), getattr(self, "observe", None), getattr(self, "rounded", None)
+    observe, rounded = getattr(self, "observe", None), getattr(self, "rounded", None)
     result = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     for expert in range(self.num_experts):
         token, place = torch.where(top_k_index == expert)
@@ -62,15 +64,22 @@ def experts_forward(self: FusedExperts, hidden_states: Tensor, top_k_index: Tens
             observe(up_name, expert, x, token)
         if rounded is not None:
             x = rounded(up_name, expert, x)
-        x = nn.functional.linear(x, up[expert])
+        x = _linear(self, x, up_name, expert)
         x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
         if observe is not None:
             observe("down_proj", expert, x, token)
         if rounded is not None:
             x = rounded("down_proj", expert, x)
-        x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, place, None]
+        x = _linear(self, x, "down_proj", expert) * top_k_weights[token, place, None]
         result.index_add_(0, token, x.float())
     return result.to(hidden_states.dtype)
+
+
+def _linear(experts: FusedExperts, x: Tensor, parameter: str, expert: int) -> Tensor:
+    """One expert's layer: x [tokens, in] to [tokens, out]."""
+    weight = getattr(experts, parameter)[expert]
+    bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
+    return nn.functional.linear(x, weight.T if experts.is_transposed else weight, bias)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

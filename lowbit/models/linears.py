@@ -18,7 +18,7 @@ class Linear:
     """One matrix [out_features, in_features] of a block.
 
     name: the checkpoint's name of the weight (a recipe's rules match it). module: path inside the block. parameter: its attribute.
-    expert and rows: its place in a fused parameter [experts, rows, in_features]. transposed: stored [in, out] (Conv1D).
+    expert and rows: its place in a fused parameter [experts, rows, in_features]. transposed: stored [in, out] (Conv1D; of experts the whole stack [experts, in, out]).
     """
 
     name: str
@@ -60,8 +60,13 @@ def _plain(skeleton: Skeleton, prefix: str, name: str, module: nn.Linear | Conv1
 
 def _experts(skeleton: Skeleton, prefix: str, name: str, parameter: str, fused: nn.Parameter) -> list[Linear]:
     source = skeleton.sources[f"{prefix}.{name}.{parameter}"]
+    if source.stacked:
+        sides = matrix_shape(fused.shape[1:])
+        turned = skeleton.model.get_submodule(f"{prefix}.{name}").is_transposed
+        shape = sides[::-1] if turned else sides
+        return [Linear(key, name, parameter, shape, expert=e, rows=(0, shape[0]), transposed=bool(turned)) for e, key in enumerate(source.flat())]
     if source.converter is None:
-        raise ModelError(f"{prefix}.{name}.{parameter}: the checkpoint stores all experts in one tensor, which cannot be quantized one by one yet.")
+        raise ModelError(f"{prefix}.{name}.{parameter}: the checkpoint stores all experts in one tensor of a kind that cannot be quantized one by one yet.")
     experts, _, columns = fused.shape
     shapes = skeleton.checkpoint.shapes()
     found, start = [], 0
@@ -80,7 +85,7 @@ def get_weight(block: nn.Module, linear: Linear) -> Tensor:
     """A view of the matrix, [out_features, in_features]."""
     weight = getattr(block.get_submodule(linear.module), linear.parameter).data
     if linear.expert is not None and linear.rows is not None:
-        return weight[linear.expert, linear.rows[0] : linear.rows[1]]
+        return weight[linear.expert].T if linear.transposed else weight[linear.expert, linear.rows[0] : linear.rows[1]]
     return weight.T if linear.transposed else weight
 
 

@@ -9,29 +9,35 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from .. import numerics
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, LazyTensor
+from ..checkpoints.checkpoint import plain_config
 from ..errors import CheckpointError, ModelError
 from .arch import refuse_unsupported
-from .experts import EXPERTS_IMPLEMENTATION
+from .experts import EXPERTS_IMPLEMENTATION, is_experts
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from: checkpoint names by converter pattern, and the converter (None: one tensor, as it is)."""
+    """Where a parameter comes from: checkpoint names by converter pattern, and the converter (None: one tensor as it is, or with stacked a matrix [out, in] for each expert)."""
 
     names: dict[str, list[str]]
     converter: WeightConverter | None
+    stacked: bool = False
 
     def flat(self) -> list[str]:
         return [name for names in self.names.values() for name in names]
@@ -85,39 +91,60 @@ class Skeleton:
 
 
 def build(checkpoint: Checkpoint) -> Skeleton:
-    """Build the checkpoint's model on the meta device and map its parameters to checkpoint names; loads no weight."""
+    """Build the checkpoint's model on the meta device and map its parameters to checkpoint names; loads no weight (but compares two that say that they are tied)."""
     config = read_config(checkpoint)
     refuse_unsupported(config)
-    try:
-        with torch.device("meta"):
-            model = model_class(config)._from_config(config, dtype=torch.float32)
-    except ModelError:
-        raise
-    except Exception as error:  # the library raises many kinds for values that make no model
-        raise bad_config(checkpoint, error) from error
+    model = on_meta(checkpoint, model_class(config), config, torch.float32, modules=1000 + 20 * len(checkpoint.shapes()))
     model.eval()
     model.tie_weights()
     if model._can_set_experts_implementation():
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     blocks_name = find_blocks(model)
+    checkpoint = unstacked(model, checkpoint)
     sources, unused = _map_names(model, checkpoint)
     return Skeleton(model, checkpoint, sources, blocks_name.rpartition(".")[0], blocks_name, sum(p.numel() for p in model.parameters()), unused)
 
 
+def on_meta(checkpoint: Checkpoint, kind: type[transformers.PreTrainedModel], config, dtype: torch.dtype, *, modules: int) -> transformers.PreTrainedModel:
+    """A model of a config without weights; ModelError for values that make none, and for more modules than given (numbers of layers and experts may be anything)."""
+    made = 0
+
+    def count(module: nn.Module, name: str, part: nn.Module | None) -> None:
+        nonlocal made
+        made += 1
+        if made > modules:
+            raise ModelError(f"{checkpoint.path}: a model of this config has more than {modules:,} modules (layers, experts). It is damaged, or of another model than the weights.")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return kind._from_config(config, dtype=dtype)
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises many kinds for values that make no model, and for a package that is not there
+        raise bad_config(checkpoint, error) from error
+    finally:
+        hook.remove()
+
+
 def read_config(checkpoint: Checkpoint):
-    data = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    data = plain_config(checkpoint.config, checkpoint.path)
     model_type = data.pop("model_type", None)
-    if model_type is None:
-        raise CheckpointError(f"{checkpoint.path}: config.json has no model_type, so it is not known which model this is.")
+    if not isinstance(model_type, str):
+        found = "no model_type" if model_type is None else f"the model_type {model_type!r}"
+        raise CheckpointError(f"{checkpoint.path}: config.json has {found}, so it is not known which model this is.")
     if model_type not in transformers.CONFIG_MAPPING:
         raise ModelError(f"model_type {model_type!r} is not known to transformers {transformers.__version__}. A newer transformers may know it.")
     try:
         config = transformers.AutoConfig.for_model(model_type, **data)
-    except Exception as error:  # as above: types, validators and models each raise their own
+        for sub in (config, config.get_text_config()):
+            sub.use_cache = False
+            sub.output_hidden_states = sub.output_attentions = False
+    except Exception as error:  # types, validators and models each raise their own
         raise bad_config(checkpoint, error) from error
-    for sub in (config, config.get_text_config()):
-        sub.use_cache = False
-        sub.output_hidden_states = sub.output_attentions = False
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise bad_config(checkpoint, ValueError(f"max_position_embeddings is {limit!r}; expected a positive number"))
     return config
 
 
@@ -127,7 +154,10 @@ def bad_config(checkpoint: Checkpoint, error: Exception) -> ModelError:
 
 
 def model_class(config) -> type[transformers.PreTrainedModel]:
-    for name in config.architectures or ():
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(f"config.json has the architectures {named!r}; expected a list of names.")
+    for name in named:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.can_generate():
             return found
@@ -158,6 +188,30 @@ def is_tower(name: str) -> bool:
     return any(word in name.lower() for word in ("vision", "visual", "audio", "image", "speech"))
 
 
+EXPERT = re.compile(r"(.+\.\w+_proj)\.(\d+)\.weight")  # a matrix of one expert, of a parameter that the field's files hold in one tensor
+
+
+def unstacked(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a matrix [out, in] for each expert where one tensor holds those of all experts (PARAMETER.3.weight of PARAMETER)."""
+    tensors = dict(checkpoint.tensors)
+    for name, module in model.named_modules():
+        for parameter in ("gate_up_proj", "up_proj", "down_proj") if is_experts(module) and hasattr(module, "is_transposed") else ():
+            if stack := tensors.pop(f"{name}.{parameter}", None):
+                tensors |= {f"{name}.{parameter}.{e}.weight": _one_expert(stack, e, module.is_transposed) for e in range(stack.shape[0])}
+    return checkpoint if tensors.keys() == checkpoint.tensors.keys() else replace(checkpoint, tensors=tensors)
+
+
+def _one_expert(stack: LazyTensor, expert: int, transposed: bool) -> LazyTensor:
+    whole = lambda: stack.read(expert, expert + 1)[0]
+    shape = stack.shape[1:]
+    return LazyTensor(shape[::-1] if transposed else shape, stack.dtype, lambda start, stop: (whole().T if transposed else whole())[start:stop].clone())
+
+
+def stacks(skeleton: Skeleton) -> dict[str, list[str]]:
+    """The parameters whose experts lie in the checkpoint one by one without a converter that joins them, and their names there in order."""
+    return {name: source.flat() for name, source in skeleton.sources.items() if source.stacked}
+
+
 def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Source], list[str]]:
     """Parameter name -> Source by transformers' own renamings and converters; and the checkpoint names that no parameter takes."""
     mapping = get_model_conversion_mapping(model)
@@ -171,6 +225,9 @@ def _map_names(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> t
         target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if target not in wanted and name in wanted:
             target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if target not in wanted and (expert := EXPERT.fullmatch(name)) and expert[1] in wanted:
+            sources.setdefault(expert[1], Source({}, None, stacked=True)).names.setdefault(expert[1], []).append(name)
+            continue
         if target not in wanted:
             unused.append(name)
             continue
@@ -185,23 +242,47 @@ def _refuse_missing(model, sources, wanted, checkpoint) -> None:
         if source.converter is not None and len(source.converter.target_patterns) > 1:
             raise ModelError(f"{type(model).__name__}: the checkpoint stores several parameters in one tensor ({source.flat()[0]}), which cannot be streamed yet.")
     tied = model.all_tied_weights_keys
+    _refuse_untied(checkpoint, sources, tied)
     _fill_ties(sources, tied)
     missing = [n for n in wanted if n not in sources and tied.get(n) not in sources]
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: {len(missing)} of {len(wanted)} weights of {type(model).__name__} are not in the checkpoint, the first is {missing[0]}. It is incomplete or of another model."
         )
-    shapes = checkpoint.shapes()
+    shapes, parameters = checkpoint.shapes(), dict(model.named_parameters())
     for parameter, source in sources.items():
         name = source.flat()[0]
+        if source.stacked:
+            _refuse_bad_stack(model, parameter, source, checkpoint)
+            continue
+        if name in checkpoint.tensors and parameter in parameters and checkpoint.tensors[name].dtype not in FLOATS:
+            raise CheckpointError(f"{checkpoint.path}: {name} is {checkpoint.tensors[name].dtype}, which is no weight; it is quantized, and config.json does not say how.")
         shape = shapes[name][::-1] if turned(model, parameter, name, checkpoint) else shapes[name]
         if source.converter is None and tuple(shape) != tuple(wanted[parameter].shape):
             raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(shape)}, and the config asks for {list(wanted[parameter].shape)}.")
 
 
+def _refuse_bad_stack(model: nn.Module, parameter: str, source: Source, checkpoint: Checkpoint) -> None:
+    wanted, names, shapes = tuple(model.get_parameter(parameter).shape), source.flat(), checkpoint.shapes()
+    one = wanted[:0:-1] if model.get_submodule(parameter.rpartition(".")[0]).is_transposed else wanted[1:]
+    found = [int(expert[2]) for name in names if (expert := EXPERT.fullmatch(name))]
+    if found != list(range(wanted[0])) or any(tuple(shapes[name]) != one for name in names):
+        raise CheckpointError(f"{checkpoint.path}: {parameter} has {len(names)} experts, the first of {list(shapes[names[0]])}; the config asks for {wanted[0]} of {list(one)}.")
+
+
 def turned(model: nn.Module, parameter: str, name: str, checkpoint: Checkpoint) -> bool:
     """Whether a weight lies in the checkpoint the other way round: quantized matrices are [out, in], and Conv1D's parameters [in, out]."""
     return name in checkpoint.quantized and isinstance(model.get_submodule(parameter.rpartition(".")[0]), Conv1D)
+
+
+def _refuse_untied(checkpoint: Checkpoint, sources: dict[str, Source], tied: dict[str, str]) -> None:
+    """Raise CheckpointError where the config ties two weights that the checkpoint holds both, with different values: programs disagree which one counts."""
+    for pair in tied.items():
+        one, other = (sources[name].flat()[0] if name in sources else "" for name in pair)
+        if one != other and one in checkpoint.tensors and other in checkpoint.tensors:
+            a, b = checkpoint.tensors[one], checkpoint.tensors[other]
+            if a.shape != b.shape or not all(torch.equal(x, y) for x, y in zip(a.chunks(), b.chunks(), strict=True)):
+                raise CheckpointError(f"{checkpoint.path}: config.json ties {one} to {other}, and the checkpoint holds both with different values. Set tie_word_embeddings to false, or remove one.")
 
 
 def _fill_ties(sources: dict[str, Source], tied: dict[str, str]) -> None:
@@ -214,6 +295,12 @@ def _fill_ties(sources: dict[str, Source], tied: dict[str, str]) -> None:
 def load_parameter(skeleton: Skeleton, name: str, dtype: torch.dtype) -> Tensor:
     """One parameter of the model, from the checkpoint, cast to dtype when floating; raises FormatError naming a tensor with NaN or infinity."""
     source = skeleton.sources[name]
+    if source.stacked:
+        transposed = skeleton.model.get_submodule(name.rpartition(".")[0]).is_transposed
+        made = torch.empty(skeleton.model.get_parameter(name).shape, dtype=dtype)
+        for expert, key in enumerate(source.flat()):
+            made[expert] = _dense(skeleton, key, dtype).T if transposed else _dense(skeleton, key, dtype)
+        return made
     if source.converter is None:
         loaded = _dense(skeleton, source.flat()[0], dtype)
         return loaded.T.contiguous() if turned(skeleton.model, name, source.flat()[0], skeleton.checkpoint) else loaded

@@ -23,12 +23,12 @@ __all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", 
 class Format:
     """One number format.
 
-    quantize: (W, scheme, search, importance) -> QuantizedTensor, plain rounding. dequantize: QuantizedTensor -> float32.
+    quantize: (W, scheme, search, importance) -> QuantizedTensor, plain rounding; None for one that is only read. dequantize: QuantizedTensor -> float32.
     bits: (scheme, out_features, in_features) -> stored bits in all. multiple: in_features must be divisible by it.
     rowwise: (scheme, in_features) -> whether all parts have a row for each output, so that matrices can be put together and taken apart by rows.
     """
 
-    quantize: Callable[[Tensor, Scheme, RangeSearch, Tensor | None], QuantizedTensor]
+    quantize: Callable[[Tensor, Scheme, RangeSearch, Tensor | None], QuantizedTensor] | None
     dequantize: Callable[[QuantizedTensor], Tensor]
     bits: Callable[[Scheme, int, int], int]
     multiple: int = 1
@@ -37,7 +37,7 @@ class Format:
 
 
 def _int_bits(scheme: Scheme, rows: int, columns: int) -> int:
-    groups = 1 if scheme.block == (-1, -1) else rows // scheme.block[0] * columns if scheme.block[0] > 1 else rows * scheme.groups(columns)
+    groups = 1 if scheme.block == (-1, -1) else rows * columns // scheme.block[0] if scheme.block[0] > 1 else rows * scheme.groups(columns)
     scale_bits = 32 if scheme.scale_dtype == SCALE_DTYPES[0] else 16
     zero_bits = 0 if scheme.symmetric else scheme.bits if scheme.zero_dtype == "int" else scale_bits
     return rows * columns * scheme.bits + groups * (scale_bits + zero_bits)
@@ -45,14 +45,16 @@ def _int_bits(scheme: Scheme, rows: int, columns: int) -> int:
 
 def _ggml_entry(name: str) -> Format:
     kind = ggml.BLOCK_TYPES[name]
+
+    def make(W: Tensor, scheme: Scheme, search: RangeSearch, importance: Tensor | None) -> QuantizedTensor:
+        return QuantizedTensor(scheme, matrix_shape(W.shape), str(W.dtype).removeprefix("torch."), {"blocks": ggml.encode(W, name, importance=importance)})
+
     return Format(
-        quantize=lambda W, scheme, search, importance: QuantizedTensor(
-            scheme, matrix_shape(W.shape), str(W.dtype).removeprefix("torch."), {"blocks": ggml.encode(W, name, importance=importance)}
-        ),
+        quantize=None if kind.instead else make,
         dequantize=lambda qt: ggml.decode(qt.parts["blocks"], name),
         bits=lambda scheme, rows, columns: rows * (columns // kind.block_size) * kind.block_bytes * 8,
         multiple=kind.block_size,
-        description=f"ggml {name.upper()}: blocks of {kind.block_size} in {kind.block_bytes} bytes",
+        description=f"ggml {name.removeprefix('ggml_').upper()}: blocks of {kind.block_size} in {kind.block_bytes} bytes{', only read' if kind.instead else ''}",
     )
 
 
@@ -109,10 +111,13 @@ def quantize(W: Tensor, scheme: Scheme, search: RangeSearch = RangeSearch(), imp
     importance [in_features]: the weight of each input channel's squared error where the format searches scales.
     """
     check_shape(scheme, W.shape)
+    make = entry(scheme).quantize
+    if make is None:
+        raise RecipeError(ggml.only_read(scheme.format))
     if scheme.outliers is None:
-        return entry(scheme).quantize(W, scheme, search, importance)
+        return make(W, scheme, search, importance)
     index = outliers.choose(W, scheme.outliers, importance)
-    return outliers.add(entry(scheme).quantize(outliers.without(W, index), outliers.plain(scheme), search, importance), scheme, W, index)
+    return outliers.add(make(outliers.without(W, index), outliers.plain(scheme), search, importance), scheme, W, index)
 
 
 def dequantize(qt: QuantizedTensor) -> Tensor:
@@ -150,6 +155,8 @@ def check_shape(scheme: Scheme, shape: tuple[int, ...], *, name: str = "the weig
     multiple = entry(scheme).multiple
     if shape[1] % multiple:
         raise ShapeError(f"{name}: {scheme.name} needs in_features to be a multiple of {multiple}, and {shape[1]} is not.")
+    if scheme.block[0] > 1 and shape[0] * shape[1] % scheme.block[0]:
+        raise ShapeError(f"{name}: groups of {scheme.block[0]} do not divide {shape[0]} x {shape[1]} weights.")
     if scheme.format in lattice.KINDS:
         for side in shape:
             hadamard.check(side)

@@ -1,4 +1,6 @@
-"""ggml's block types: byte layouts, decoding, and encoding (Q2_K .. Q6_K in ggml_kquants).
+"""ggml's block types: all that llama.cpp reads weights of, decoded; and those that lowbit writes, encoded.
+
+Here are Q4_0 to Q8_0 and the decoding of Q2_K to Q6_K (encoded in ggml_kquants). IQ4, the ternary types and FP4 are in ggml_tables, IQ1 to IQ3 in ggml_iquants.
 
 A row is a sequence of blocks; fp16 and integers are little-endian. Bytes of each block, first to last:
 
@@ -13,18 +15,21 @@ A row is a sequence of blocks; fp16 and integers are little-endian. Bytes of eac
     q5_k  256  d, dmin, 12 bytes of scales and minima, 32 of high bits, 128          w = d ls code - dmin lm
     q6_k  256  128 bytes of low bits, 64 of high bits, 16 int8 scales, d             w = d ls (code - 32)
 
-Source: ggml/src/ggml-common.h and ggml-quants.c of llama.cpp; gguf-py's quants.py is the oracle of the tests.
+Source: ggml/src/ggml-common.h and ggml-quants.c of llama.cpp; gguf-py's quants.py and libggml are the oracles of the tests.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, ShapeError
+from ..errors import FormatError, RecipeError, ShapeError
 from ..scheme import Scheme
+from .ggml_iquants import SHARES, decode_grid
 from .ggml_kquants import (
     FINE_TRIALS,
     KQUANTS,
@@ -33,20 +38,28 @@ from .ggml_kquants import (
     encode_super_blocks,
     join_fields,
     pack_super_blocks,
+    read_half,
     reciprocal,
     search_affine,
     search_scale,
+    signed_peak,
+    split_fields,
 )
+from .ggml_tables import TABLES, decode_table, encode_table, take, with_table_codes
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """name: "q4_0". type_id: ggml's enum. block_size: elements of a block. block_bytes: bytes of a block."""
+    """name: "q4_0". type_id: ggml's enum. block_size: elements of a block. block_bytes: bytes of a block.
+
+    instead: of a type that is only read, the nearest one that is written too; "" where it is written itself.
+    """
 
     name: str
     type_id: int
     block_size: int
     block_bytes: int
+    instead: str = ""
 
 
 BLOCK_TYPES: dict[str, BlockType] = {
@@ -62,8 +75,25 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("q4_k", 12, 256, 2 + 2 + 12 + 128),
         BlockType("q5_k", 13, 256, 2 + 2 + 12 + 32 + 128),
         BlockType("q6_k", 14, 256, 128 + 64 + 16 + 2),
+        BlockType("iq4_nl", 20, 32, 2 + 16),
+        BlockType("iq4_xs", 23, 256, 2 + 2 + 4 + 128),
+        BlockType("tq1_0", 34, 256, 48 + 4 + 2),
+        BlockType("tq2_0", 35, 256, 64 + 2),
+        BlockType("ggml_mxfp4", 39, 32, 1 + 16),
+        BlockType("iq2_xxs", 16, 256, 2 + 64, instead="q2_k"),
+        BlockType("iq2_xs", 17, 256, 2 + 64 + 8, instead="q2_k"),
+        BlockType("iq3_xxs", 18, 256, 2 + 64 + 32, instead="q3_k"),
+        BlockType("iq1_s", 19, 256, 2 + 32 + 16, instead="q2_k"),
+        BlockType("iq3_s", 21, 256, 2 + 64 + 8 + 32 + 4, instead="q3_k"),
+        BlockType("iq2_s", 22, 256, 2 + 32 + 32 + 8 + 8, instead="q2_k"),
+        BlockType("iq1_m", 29, 256, 32 + 16 + 8, instead="q2_k"),
+        BlockType("ggml_nvfp4", 40, 64, 4 + 32, instead="ggml_mxfp4"),
+        BlockType("q1_0", 41, 128, 2 + 16, instead="q2_k"),
+        BlockType("q2_0", 42, 64, 2 + 16, instead="tq2_0"),
     )
 }
+
+WRITTEN = tuple(name for name, kind in BLOCK_TYPES.items() if not kind.instead)
 
 
 @dataclass(frozen=True)
@@ -85,12 +115,12 @@ _LEGACY = {
 # Weights of one pass. Its dozen float32 buffers take at most 32 MB; a CPU is faster when they stay in its cache.
 _CPU_CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 19
 
-# The share of the mean that a column of importance 0 counts for: ggml would store zeros for a block of them.
+# About the share of the mean that a column of importance 0 counts for: ggml would store zeros for a block of them.
 _LEAST_IMPORTANCE = 1e-6
 
 
 def decode(blocks: Tensor, type_name: str) -> Tensor:
-    """The values of blocks, bit for bit those of gguf-py and of ggml.
+    """The values of blocks, bit for bit those of ggml.
 
     blocks: uint8 [rows, row_bytes]. Returns float32 [rows, columns].
     Raises FormatError for an unknown type, ShapeError when row_bytes is not a multiple of block_bytes.
@@ -108,11 +138,14 @@ def encode(W: Tensor, type_name: str, *, importance: Tensor | None = None) -> Te
 
     W: float [rows, columns]. importance: [columns], the mean square of each input channel (llama.cpp's imatrix); only its proportions
     matter. Returns uint8 [rows, row_bytes].
-    Without importance, the 32-element types equal llama-quantize bit for bit. Q8_0 does not use importance.
+    Equal to llama-quantize bit for bit: Q4_0 to Q5_1 without importance; IQ4_NL and IQ4_XS with it and without; Q8_0, TQ1_0, TQ2_0 and MXFP4, which do
+    not use it.
     Raises ShapeError when columns is not a multiple of the block size or importance is not [columns]; FormatError for an unknown type,
-    NaN or infinity, negative importance, and weights too large for the type's float16 scale.
+    NaN or infinity, negative importance, and weights too large for the type's float16 scale; RecipeError for a type that is only read.
     """
     kind = _block_type(type_name)
+    if kind.instead:
+        raise RecipeError(only_read(type_name))
     _check_columns(W, kind)
     if importance is not None:
         importance = _relative_importance(importance, W)
@@ -158,16 +191,24 @@ def unpack_codes(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor
     return codes.reshape(shape[0], -1), scale.reshape(shape), None if minimum is None else minimum.reshape(shape)
 
 
+def only_read(type_name: str) -> str:
+    """Why a type with BlockType.instead cannot be made, and what can."""
+    return f"{type_name} is read from GGUF files and not made: lowbit has no encoder for it. Use {BLOCK_TYPES[type_name].instead}, the nearest type that it makes."
+
+
 def scheme(type_name: str) -> Scheme:
     """The scheme of a block type."""
-    symmetric = bounds(_block_type(type_name).name)[0] < 0
-    return Scheme(format=type_name, bits=int(type_name[1]), block=(1, share(type_name)), symmetric=symmetric, range="full", scale_dtype="float16")
+    block = (1, share(type_name))
+    bits = next(int(letter) for letter in type_name if letter.isdigit())
+    return Scheme(format=type_name, bits=bits, block=block, symmetric=not _has_minimum(type_name), range="full", scale_dtype="float16")
 
 
 def affine(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
     """What blocks uint8 [rows, row_bytes] decode with: w = scale * q + offset, float32 [rows, columns // share]; offset None where there is none."""
     kind, rows = _block_type(type_name), blocks.shape[0]
     parts = blocks.reshape(-1, kind.block_bytes)
+    if type_name in TABLES:
+        return TABLES[type_name].scales(parts).reshape(rows, -1), None
     if type_name in KQUANTS:
         _, scale, minimum = _SPLIT[type_name](parts)
         return scale.reshape(rows, -1), None if minimum is None else -minimum.reshape(rows, -1)
@@ -177,11 +218,17 @@ def affine(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def share(type_name: str) -> int:
     """Columns that share a scale."""
+    if type_name in TABLES:
+        return TABLES[type_name].share
+    if type_name in SHARES:
+        return SHARES[type_name]
     return KQUANTS[type_name].group if type_name in KQUANTS else _block_type(type_name).block_size
 
 
-def bounds(type_name: str) -> tuple[int, int]:
-    """The least and the largest q of w = scale * q + offset."""
+def bounds(type_name: str) -> tuple[float, float]:
+    """The least and the largest q of w = scale * q + offset, of a type that is written."""
+    if type_name in TABLES:
+        return TABLES[type_name].bounds
     if type_name in KQUANTS:
         return KQUANTS[type_name].low, KQUANTS[type_name].high
     legacy = _legacy_type(type_name)[1]
@@ -189,9 +236,20 @@ def bounds(type_name: str) -> tuple[int, int]:
     return -zero, (1 << legacy.bits) - 1 - zero
 
 
+def nearest(type_name: str) -> Callable[[Tensor], Tensor] | None:
+    """x -> the q nearest to it, of a written type whose codes are places in a table; None where q is any whole number within bounds."""
+    if type_name not in TABLES:
+        return None
+    values, code_of = TABLES[type_name].values, TABLES[type_name].nearest
+    assert code_of is not None
+    return lambda x: take(values, code_of(x))
+
+
 def with_codes(type_name: str, blocks: Tensor, q: Tensor) -> Tensor:
     """blocks [rows, row_bytes] with other codes: q [rows, columns] within bounds, scales and minima as they are."""
     kind = _block_type(type_name)
+    if type_name in TABLES:
+        return with_table_codes(type_name, blocks.reshape(-1, kind.block_bytes), q.reshape(-1, kind.block_size)).view_as(blocks)
     low, high = bounds(type_name)
     codes = (q - low).to(torch.uint8).reshape(-1, kind.block_size)
     ends = torch.tensor([[0], [high - low]], dtype=torch.uint8, device=q.device).expand(2, kind.block_size).contiguous()
@@ -209,6 +267,10 @@ def _bare(codes: Tensor, type_name: str) -> Tensor:
     kind = KQUANTS[type_name]
     integers, floats = zeros(SUPER_BLOCK // kind.group, torch.uint8), zeros(1, torch.float16)
     return pack_super_blocks(type_name, codes, *([integers] * 2 + [floats] * 2 if kind.low == 0 else [integers, floats]))
+
+
+def _has_minimum(type_name: str) -> bool:
+    return KQUANTS[type_name].low == 0 if type_name in KQUANTS else type_name in _LEGACY and _LEGACY[type_name].zero_point is None
 
 
 def _block_type(type_name: str) -> BlockType:
@@ -239,14 +301,17 @@ def _blocks_per_row(blocks: Tensor, kind: BlockType) -> int:
 
 
 def _relative_importance(importance: Tensor, W: Tensor) -> Tensor:
-    """Importance float32 [columns] on W's device, divided by its mean (float32 sums could underflow) and positive everywhere."""
+    """Importance float32 [columns] on W's device, with a mean of 1/2 to 1 (float32 sums could underflow) and positive everywhere.
+
+    It is divided by a power of two, which changes no rounding: what ggml finds with the importance as given is found.
+    """
     if list(importance.shape) != [W.shape[1]]:
         raise ShapeError(f"importance has one value for each of {W.shape[1]} columns; got {list(importance.shape)}.")
     importance = importance.to(W.device, torch.float32)
     if not torch.isfinite(importance).all() or (importance < 0).any():
         raise FormatError("importance holds NaN, infinity or negative values; it is a mean of squares.")
-    mean = importance.mean(dtype=torch.float64).float()
-    return torch.ones_like(importance) if mean == 0 else (importance / mean).clamp_min_(_LEAST_IMPORTANCE)
+    mean = float(importance.mean(dtype=torch.float64))
+    return torch.ones_like(importance) if mean == 0 else (importance.double() * 2.0 ** -math.frexp(mean)[1]).float().clamp_min_(_LEAST_IMPORTANCE)
 
 
 def _row_chunks(W: Tensor) -> list[slice]:
@@ -258,8 +323,9 @@ def _row_chunks(W: Tensor) -> list[slice]:
 def _encode_rows(X: Tensor, kind: BlockType, importance: Tensor | None) -> Tensor:
     """Blocks uint8 [blocks, block_bytes] of rows X float32 [rows, columns]; importance [columns], positive."""
     groups = X.reshape(-1, kind.block_size)
-    if kind.name in KQUANTS:
-        return encode_super_blocks(groups, kind.name, None if importance is None else importance.expand_as(X).reshape(groups.shape))
+    if kind.name not in _LEGACY:
+        encode_blocks = encode_super_blocks if kind.name in KQUANTS else encode_table
+        return encode_blocks(groups, kind.name, None if importance is None else importance.expand_as(X).reshape(groups.shape))
     legacy = _LEGACY[kind.name]
     fitted: tuple[Tensor, ...]
     if kind.name == "q8_0":
@@ -276,12 +342,7 @@ def _encode_rows(X: Tensor, kind: BlockType, importance: Tensor | None) -> Tenso
 
 def _round_to_peak(X: Tensor, zero_point: int) -> tuple[Tensor, Tensor]:
     """Codes and scale float16 [blocks, 1] of q4_0, q5_0: the first value of largest magnitude gets code 0; halves round up."""
-    top, bottom = X.amax(1, keepdim=True), X.amin(1, keepdim=True)
-    peak = torch.where(top >= -bottom, top, bottom)
-    tied = ((top == -bottom) & (top > 0)).squeeze(1).nonzero().squeeze(1)
-    if tied.numel():
-        peak[tied] = X[tied].gather(1, X[tied].abs().argmax(1, keepdim=True))
-    scale = peak / -zero_point
+    scale = signed_peak(X) / -zero_point
     codes = (X * reciprocal(scale)).add_(zero_point + 0.5).clamp_(0, 2 * zero_point - 1)
     return codes.to(torch.uint8), as_half(scale)
 
@@ -336,9 +397,9 @@ def _unpack_legacy(blocks: Tensor, legacy: _Legacy) -> tuple[Tensor, Tensor, Ten
         minimum, rest = _split_half(rest)
     if legacy.bits == 8:
         return rest ^ 128, scale, minimum
-    codes = _split_fields(rest[:, -16:], 4, 2).flatten(1)
+    codes = split_fields(rest[:, -16:], 4, 2).flatten(1)
     if legacy.bits == 5:
-        codes |= _split_fields(rest[:, :4], 1, 8).transpose(1, 2).flatten(1) << 4
+        codes |= split_fields(rest[:, :4], 1, 8).transpose(1, 2).flatten(1) << 4
     return codes, scale, minimum
 
 
@@ -349,8 +410,9 @@ def _split_half(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decode_blocks(blocks: Tensor, kind: BlockType) -> Tensor:
     """float32 [blocks, block_size] of uint8 [blocks, block_bytes]."""
-    if kind.name in KQUANTS:
-        return _decode_super_blocks(blocks, kind.name)
+    if kind.name not in _LEGACY:
+        decode_any = _decode_super_blocks if kind.name in KQUANTS else decode_table if kind.name in TABLES else decode_grid
+        return decode_any(blocks, kind.name)
     legacy = _LEGACY[kind.name]
     codes, scale, minimum = _unpack_legacy(blocks, legacy)
     if legacy.zero_point is not None:
@@ -370,49 +432,45 @@ def _decode_super_blocks(blocks: Tensor, type_name: str) -> Tensor:
 
 def _split_q2_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales, low_bits, d, dmin = blocks.split([16, 64, 2, 2], dim=1)
-    return _quarters(low_bits), _half(d) * (scales & 15), _half(dmin) * (scales >> 4)
+    return _quarters(low_bits), read_half(d) * (scales & 15), read_half(dmin) * (scales >> 4)
 
 
 def _split_q3_k(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
     high_bits, low_bits, scales, d = blocks.split([32, 64, 12, 2], dim=1)
-    codes = _quarters(low_bits) | _split_fields(high_bits, 1, 8).flatten(1) << 2
-    ls = _split_fields(scales[:, :8], 4, 2).flatten(1) | _split_fields(scales[:, 8:], 2, 4).flatten(1) << 4
-    return codes.view(torch.int8) - 4, _half(d) * (ls.view(torch.int8) - 32), None
+    codes = _quarters(low_bits) | split_fields(high_bits, 1, 8).flatten(1) << 2
+    ls = split_fields(scales[:, :8], 4, 2).flatten(1) | split_fields(scales[:, 8:], 2, 4).flatten(1) << 4
+    return codes.view(torch.int8) - 4, read_half(d) * (ls.view(torch.int8) - 32), None
 
 
 def _split_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d, dmin, scales, low_bits = blocks.split([2, 2, 12, 128], dim=1)
     ls, lm = _six_bit_pairs(scales)
-    return _halves(low_bits), _half(d) * ls, _half(dmin) * lm
+    return _halves(low_bits), read_half(d) * ls, read_half(dmin) * lm
 
 
 def _split_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d, dmin, scales, high_bits, low_bits = blocks.split([2, 2, 12, 32, 128], dim=1)
     ls, lm = _six_bit_pairs(scales)
-    return _halves(low_bits) | _split_fields(high_bits, 1, 8).flatten(1) << 4, _half(d) * ls, _half(dmin) * lm
+    return _halves(low_bits) | split_fields(high_bits, 1, 8).flatten(1) << 4, read_half(d) * ls, read_half(dmin) * lm
 
 
 def _split_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
     low_bits, high_bits, scales, d = blocks.split([128, 64, 16, 2], dim=1)
-    codes = _split_fields(low_bits.reshape(-1, 2, 64), 4, 2).flatten(1) | _quarters(high_bits) << 4
-    return codes.view(torch.int8) - 32, _half(d) * scales.contiguous().view(torch.int8), None
+    codes = split_fields(low_bits.reshape(-1, 2, 64), 4, 2).flatten(1) | _quarters(high_bits) << 4
+    return codes.view(torch.int8) - 32, read_half(d) * scales.contiguous().view(torch.int8), None
 
 
 _SPLIT = {"q2_k": _split_q2_k, "q3_k": _split_q3_k, "q4_k": _split_q4_k, "q5_k": _split_q5_k, "q6_k": _split_q6_k}
 
 
-def _half(field: Tensor) -> Tensor:
-    return field.contiguous().view(torch.float16).float()
-
-
 def _quarters(field: Tensor) -> Tensor:
     """256 two-bit fields of 64 bytes; every 32 bytes hold 128 elements."""
-    return _split_fields(field.reshape(-1, 2, 32), 2, 4).flatten(1)
+    return split_fields(field.reshape(-1, 2, 32), 2, 4).flatten(1)
 
 
 def _halves(field: Tensor) -> Tensor:
     """256 four-bit fields of 128 bytes; every 32 bytes hold 64 elements."""
-    return _split_fields(field.reshape(-1, 4, 32), 4, 2).flatten(1)
+    return split_fields(field.reshape(-1, 4, 32), 4, 2).flatten(1)
 
 
 def _six_bit_pairs(scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -420,9 +478,3 @@ def _six_bit_pairs(scales: Tensor) -> tuple[Tensor, Tensor]:
     first, second, last = scales.split(4, dim=1)
     ls = torch.cat([first & 63, last & 15 | first >> 6 << 4], dim=1)
     return ls, torch.cat([second & 63, last >> 4 | second >> 6 << 4], dim=1)
-
-
-def _split_fields(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of join_fields: uint8 [..., bytes] to [..., count, bytes]."""
-    shifts = torch.arange(0, bits * count, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
-    return packed.unsqueeze(-2) >> shifts & (1 << bits) - 1

@@ -296,6 +296,16 @@ def reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < TINY, 0, scale.reciprocal())
 
 
+def signed_peak(X: Tensor) -> Tensor:
+    """The first value of largest magnitude of each row [rows, 1] of X [rows, columns]."""
+    top, bottom = X.amax(1, keepdim=True), X.amin(1, keepdim=True)
+    peak = torch.where(top >= -bottom, top, bottom)
+    tied = ((top == -bottom) & (top > 0)).squeeze(1).nonzero().squeeze(1)
+    if tied.numel():
+        peak[tied] = X[tied].gather(1, X[tied].abs().argmax(1, keepdim=True))
+    return peak
+
+
 def as_half(scale: Tensor) -> Tensor:
     """The float16 that a block stores; raises FormatError when it overflows."""
     half = scale.half()
@@ -315,6 +325,17 @@ def join_fields(fields: Tensor, bits: int) -> Tensor:
     for j in range(2, fields.shape[-2]):
         joined |= fields[..., j, :] << (bits * j)
     return joined
+
+
+def split_fields(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of join_fields: uint8 [..., bytes] to [..., count, bytes]."""
+    shifts = torch.arange(0, bits * count, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+    return packed.unsqueeze(-2) >> shifts & (1 << bits) - 1
+
+
+def read_half(field: Tensor) -> Tensor:
+    """The float16 numbers of uint8 [blocks, 2 bytes each], as float32."""
+    return field.contiguous().view(torch.float16).float()
 
 
 def _pack_q2_k(codes: Tensor, ls: Tensor, lm: Tensor, d: Tensor, dmin: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..tensor import QuantizedTensor, matrix_shape
 from . import codebook, floating, ggml, integer, ranges, ternary
 
 PER_TENSOR = (-1, -1)
-FORMATS = (INT, *ggml.BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS)
+FORMATS = (INT, *ggml.WRITTEN, *codebook.CODES, *floating.KINDS, *ternary.KINDS)
 
 
 @dataclass
@@ -111,7 +111,7 @@ def _ggml(scheme: Scheme) -> Grid:
     def finish(q: Tensor, found: list[Ranges], dtype: str) -> QuantizedTensor:
         return QuantizedTensor(scheme, matrix_shape(q.shape), dtype, {"blocks": ggml.with_codes(kind.name, _stored(found), q)})
 
-    return Grid(kind.block_size, ggml.share(kind.name), ggml.bounds(kind.name), None, fit, finish)
+    return Grid(kind.block_size, ggml.share(kind.name), ggml.bounds(kind.name), ggml.nearest(kind.name), fit, finish)
 
 
 def _codebook(scheme: Scheme, search: RangeSearch) -> Grid:

@@ -87,9 +87,10 @@ def to_groups(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> tu
     rows, columns = W.shape
     if scheme.block[0] > 1:
         size = scheme.block[0]
-        if rows % size:
-            raise ShapeError(f"{scheme.name}: groups of {size} rows do not divide {rows} rows.")
-        return W.reshape(size, -1).T.unsqueeze(1), None if importance is None else importance.repeat(rows // size).view(-1, 1, 1)
+        if rows * columns % size:
+            raise ShapeError(f"{scheme.name}: groups of {size} do not divide {rows} x {columns} weights.")
+        spread_out = None if importance is None else importance.expand(rows, columns).reshape(size, -1).T.unsqueeze(1)
+        return W.reshape(size, -1).T.unsqueeze(1), spread_out
     if scheme.block == (-1, -1):
         return W.reshape(1, 1, -1), None if importance is None else importance.repeat(rows).view(1, 1, -1)
     size = columns if scheme.group_size == -1 else scheme.group_size

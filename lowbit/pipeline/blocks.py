@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from ..algorithms import algorithm
 from ..errors import FormatError, RecipeError
 from ..models import skeleton as sk
+from ..models.arch import FUSED
 from ..models.linears import Linear
 from ..models.rounding import attach
 from ..numerics import activations
@@ -116,24 +117,37 @@ def part(index: int) -> str:
 
 
 def _run_without_data(setup: Setup, job: Job, first: int, peak: resources.PeakMemory) -> None:
-    """Algorithms that need no statistics: every matrix on its own, no forward pass."""
+    """Algorithms that need no statistics: every matrix on its own (those that programs make one layer together), no forward pass."""
     with setup.progress.step("Quantizing blocks", len(setup.linears)) as advance:
         advance(first)
         for index in range(first, len(setup.linears)):
             block = sk.load_module(setup.skeleton, setup.skeleton.block_name(index), torch.float32, setup.device)
             tensors: dict[str, QuantizedTensor] = {}
             records: dict[str, dict] = {}
-            for linear in setup.linears[index]:
-                made, record = quantize_group(block, InputGroup([linear], setup.importance.get(linear.name, LayerStats())), setup.plans, _dtypes(setup, [linear]))
-                act = setup.plans[linear.name].scheme.act if linear.name in record else None
-                if act is not None:
-                    record[linear.name]["activation"] = activations.settle(act, None).to_dict()
+            for linears in _one_layer(setup.linears[index], setup.importance):
+                group = InputGroup(linears, setup.importance.get(linears[0].name, LayerStats()))
+                made, record = quantize_group(block, group, setup.plans, _dtypes(setup, linears))
+                for name in record:
+                    if (act := setup.plans[name].scheme.act) is not None:
+                        record[name]["activation"] = activations.settle(act, None).to_dict()
                 tensors |= made
                 records |= record
             job.save(part(index), tensors, records)
             resources.release_memory()
             peak.look()
             advance()
+
+
+def _one_layer(linears: list[Linear], importance: Mapping[str, LayerStats]) -> list[list[Linear]]:
+    """The matrices of a block in sets: the parts of what programs make one layer (arch.FUSED) together, if an importance matrix says the same of their inputs."""
+    sets: dict[tuple, list[Linear]] = {}
+    for linear in linears:
+        owner, _, leaf = linear.name.removesuffix(".weight").rpartition(".")
+        parts = next((parts for parts in FUSED if leaf in parts), (leaf,))
+        known = importance.get(linear.name, LayerStats())
+        inputs = None if known.sum_sq is None else known.sum_sq.numpy().tobytes()
+        sets.setdefault((owner, parts, linear.expert, known.n_tokens, inputs), []).append(linear)
+    return list(sets.values())
 
 
 def _dtypes(setup: Setup, linears: list[Linear]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import DataError, missing_extra
+from ..errors import DataError, foreign_errors, missing_extra
 from ..progress import SILENT, Progress
 from ..recipe import Calibration
 from .streaming import Batch
@@ -130,8 +130,9 @@ def token_ids(texts: list[str], tokenizer) -> Tensor:
     """All texts as one stream of token ids, without special tokens; texts are parted by the end-of-text token where there is one."""
     end = [] if tokenizer.eos_token_id is None or len(texts) == 1 else [tokenizer.eos_token_id]
     ids: list[int] = []
-    for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+    with foreign_errors("the model's tokenizer fails on this text"):
+        for text in texts:
+            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -165,7 +166,8 @@ def packed(texts: list[str], tokenizer, *, length: int, count: int | None, sprea
 
 def _padded(texts: list[str], tokenizer, calibration: Calibration) -> Windows:
     """One text per row, cut at seq_len and padded at the right; the mask is False on padding."""
-    rows = [tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"][: calibration.seq_len] for text in texts]
+    with foreign_errors("the model's tokenizer fails on this text"):
+        rows = [tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"][: calibration.seq_len] for text in texts]
     rows = [row for row in rows if len(row) >= 2]
     if not rows:
         raise DataError("no calibration text holds two tokens or more.")

@@ -3,22 +3,58 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from .. import numerics
 from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
 from ..checkpoints.gguf import supported, write_tokenizer
-from ..errors import FormatError, JobError, RecipeError
+from ..errors import FormatError, JobError, RecipeError, ShapeError
 from ..models import skeleton as sk
 from ..models.linears import find_linears, outside_matrices
+from ..numerics import ggml, ggml_tables, integer
 from ..progress import SILENT, Progress
-from ..scheme import INT
+from ..scheme import INT, Scheme
 from ..tensor import QuantizedTensor
 from . import recipes, resources
-from .locate import locate
-from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
+from .card import base_of
+from .locate import base_name, locate
+from .output import as_stored_dense, checked, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
+
+LEGACY = {"q4_0": (4, True), "q5_0": (5, True), "q8_0": (8, True), "q4_1": (4, False), "q5_1": (5, False)}  # ggml's blocks that are integers: bits, symmetric
+ALLOWED = 2.0**-10  # of a matrix's largest: a minimum rounded to float16
+KEEP_BLOCKS = ("gguf", "lowbit", "safetensors")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of the quantized matrices, found by decoding both files. exact: how many are equal bit for bit; largest_difference: of the others, of the matrix's largest magnitude.
+
+    error: squared error of those that were rounded anew (requantize), relative to the squares of what they were, mean; None where codes were kept.
+    """
+
+    path: Path
+    matrices: int
+    exact: int
+    largest_difference: float = 0.0
+    error: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def statement(self) -> str:
+        """In words."""
+        if not self.matrices:
+            return "No matrix is quantized; every tensor was copied."
+        if self.error is not None:
+            return f"Rounded anew: {self.matrices} matrices, relative squared error {self.error:.3g} on top of what was lost before."
+        if self.exact == self.matrices:
+            return f"Lossless: all {self.matrices} matrices decode to the same values, bit for bit."
+        others = f"the others within the rounding of their minima to float16 (at most {self.largest_difference:.2g} of a matrix's largest)"
+        return f"{self.exact} of {self.matrices} matrices decode to the same values bit for bit, {others}."
 
 
 def convert(
@@ -27,13 +63,15 @@ def convert(
     output: str | Path,
     *,
     outside: str | None = None,
+    requantize: str | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
-) -> Path:
-    """Write a checkpoint in another layout; quantized matrices keep their codes (refused where the layout cannot hold them).
+) -> Conversion:
+    """Write a checkpoint in another layout; quantized matrices keep their codes, and what the layout cannot hold is refused. Both files are decoded and compared afterwards.
 
-    outside: a scheme for embedding and head ("q8_0"), which are otherwise kept. max_shard_size: as in quantize. Streams tensor by tensor.
+    outside: a scheme for embedding and head ("q8_0"), which are otherwise kept. requantize: a recipe without data ("q4_k", "int4-asym-g64"), by which all quantized matrices are rounded anew where
+    codes cannot be kept. max_shard_size: as in quantize. Streams tensor by tensor.
     """
     output = Path(output)
     shard_bytes = shard_bytes_of(max_shard_size, target_name, output)
@@ -44,26 +82,131 @@ def convert(
     kind = target(target_name)
     checkpoint = open_checkpoint(located)
     skeleton = sk.build(checkpoint)
+    source = checkpoint = checked(skeleton.checkpoint, [name for source in skeleton.sources.values() for name in source.flat()])
     if target_name == "gguf":
         supported(checkpoint.config)
+    notes: list[str] = []
+    around = outside_matrices(skeleton)
+    if target_name not in KEEP_BLOCKS and (decoded := [name for name in around if name in checkpoint.quantized]):
+        notes.append(f"Embedding and head ({', '.join(decoded)}) are decoded: {target_name} quantizes linear layers of the blocks.")
+        checkpoint = _decoded(checkpoint, decoded)
+    if requantize is not None:
+        checkpoint = _requantized(checkpoint, requantize, target_name)
+    elif target_name not in KEEP_BLOCKS:
+        checkpoint = _without_blocks(checkpoint)
     if outside is not None:
-        checkpoint = _round_outside(checkpoint, outside_matrices(skeleton), outside, target_name)
-    if target_name != "safetensors" and (lost := [name for name in checkpoint.activations if name not in checkpoint.quantized or checkpoint.quantized[name].scheme.act is None]):
+        checkpoint = _round_outside(checkpoint, around, outside, target_name)
+    if target_name not in ("safetensors", "lowbit") and (
+        lost := [name for name in checkpoint.activations if name not in checkpoint.quantized or checkpoint.quantized[name].scheme.act is None]
+    ):
         raise RecipeError(f"{located} rounds the inputs of {len(lost)} layers ({lost[0]}, ...), which {target_name} would not say: the result would compute something else. Convert it to safetensors.")
     if kind.scale_dtype is not None:
         checkpoint = _with_scales(checkpoint, kind.scale_dtype)
-    for name, entry in checkpoint.quantized.items():
-        kind.check(entry.scheme, entry.shape, name.removesuffix(".weight"))
-    if target_name == "safetensors" and checkpoint.quantized:
-        checkpoint = as_stored_dense(checkpoint, [x for index in range(len(skeleton.blocks)) for x in find_linears(skeleton, index)])
+    with _hinted():
+        for name, entry in checkpoint.quantized.items():
+            kind.check(entry.scheme, entry.shape, name.removesuffix(".weight"))
+    if target_name == "safetensors" and (checkpoint.quantized or sk.stacks(skeleton)):
+        checkpoint = as_stored_dense(checkpoint, skeleton)
     if checkpoint.provenance:
         checkpoint = replace(checkpoint, provenance={**checkpoint.provenance, "converted_to": target_name})
     resources.require_disk(output.absolute().parent, checkpoint.tensor_bytes, purpose="This conversion")
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output), _hinted():
         if checkpoint.kind == "gguf" and target_name != "gguf":
             checkpoint = replace(checkpoint, files=write_tokenizer(checkpoint.path, Path(scratch)))
-        write(checkpoint, target_name, output, progress, overwrite=overwrite, shard_bytes=shard_bytes)
-    return output
+        write(checkpoint, target_name, output, progress, overwrite=overwrite, base=base_of(located) or base_name(path, located), shard_bytes=shard_bytes)
+    return _compared(source, output, skeleton, set(around) if outside is not None else set(), requantize is not None, notes, progress)
+
+
+@contextmanager
+def _hinted() -> Iterator[None]:
+    """Errors of what cannot be kept say what else could be done."""
+    try:
+        yield
+    except (RecipeError, ShapeError, FormatError) as error:
+        raise type(error)(f"{error} To round the decoded values anew instead, name a recipe: --requantize q4_k, --requantize int4-asym-g64, ...") from error
+
+
+def _compared(source: Checkpoint, output: Path, skeleton: sk.Skeleton, skipped: set[str], rounded: bool, notes: list[str], progress: Progress) -> Conversion:
+    """Decode the matrices of both files and compare."""
+    made = sk.build(open_checkpoint(output)).checkpoint
+    transposed = {linear.name for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index) if linear.transposed and linear.expert is None}
+    names = [name for name in source.quantized if name not in skipped]
+    exact, largest, errors = 0, 0.0, []
+    with progress.step("Comparing", len(names)) as advance:
+        for name in names:
+            before = numerics.dequantize(source.quantized[name].load())
+            if name in made.quantized:
+                after = numerics.dequantize(made.quantized[name].load())
+            else:
+                before = before.to(source.quantized[name].dtype).float()  # what a dense weight of its dtype holds of it
+                after = made.dense(name).float()
+                after = after.T if name in transposed else after
+            if torch.equal(before, after):
+                exact += 1
+            else:
+                largest = max(largest, float((before - after).abs().max() / before.abs().max().clamp(min=1e-30)))
+            if rounded:
+                errors.append(float((before - after).square().sum() / before.square().sum().clamp(min=1e-30)))
+            advance(1)
+    if not rounded and largest > ALLOWED:
+        raise FormatError(f"{output} was written, but its values differ from the original's by {largest:.2g} of a matrix's largest; please report this.")
+    return Conversion(output, len(names), exact, largest, sum(errors) / len(errors) if errors else None, tuple(notes))
+
+
+def _decoded(checkpoint: Checkpoint, names: list[str]) -> Checkpoint:
+    """The checkpoint with some of its quantized matrices as dense ones."""
+    dense = {name: checkpoint.lazy(name) for name in names}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **dense}, quantized={name: entry for name, entry in checkpoint.quantized.items() if name not in dense})
+
+
+def _without_blocks(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with ggml's legacy blocks as the integers that they are, and MXFP4 blocks as MXFP4 (which other layouts hold)."""
+
+    def changed(name: str, entry: LazyQuantized) -> LazyQuantized:
+        if entry.scheme.format == "ggml_mxfp4":
+            return replace(entry, scheme=numerics.scheme_of("mxfp4"), load=lambda: _mxfp4(entry.load()), rows=None)
+        if entry.scheme.format not in LEGACY:
+            return entry
+        bits, symmetric = LEGACY[entry.scheme.format]
+        scheme = Scheme(bits=bits, block=(1, 32), symmetric=symmetric, range="full" if symmetric and bits < 8 else "textbook", scale_dtype="float16")
+        return replace(entry, scheme=scheme, load=lambda: _integers(name, entry.load(), scheme), rows=None)
+
+    return replace(checkpoint, quantized={name: changed(name, entry) for name, entry in checkpoint.quantized.items()})
+
+
+def _mxfp4(qt: QuantizedTensor) -> QuantizedTensor:
+    codes, exponents = ggml_tables.unpack_mxfp4(qt.parts["blocks"])
+    return QuantizedTensor(numerics.scheme_of("mxfp4"), qt.shape, qt.dtype, {"codes": codes, "scale": exponents})
+
+
+def _integers(name: str, qt: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
+    """Legacy blocks as integers; FormatError where a minimum is no whole number of steps below zero."""
+    codes, scale, minimum = ggml.unpack_codes(qt.scheme.format, qt.parts["blocks"])
+    if minimum is None:
+        return integer.from_codes(codes, scale, None, scheme, qt.dtype)
+    step = scale.float()
+    zero = torch.where(step == 0, 0.0, -minimum.float() / step).round().clamp_(0, scheme.max_code)
+    if not torch.equal((-step * zero).half(), minimum):
+        count = int(((-step * zero).half() != minimum).sum())
+        raise FormatError(f"{name}: the minimum of {count} of its {qt.scheme.format} blocks is no whole number of steps below zero, so no integer zero-point says the same.")
+    return integer.from_codes(codes, scale, zero.to(torch.uint8), scheme, qt.dtype)
+
+
+def _requantized(checkpoint: Checkpoint, words: str, target_name: str) -> Checkpoint:
+    """The checkpoint with every quantized matrix decoded and rounded to a recipe's scheme."""
+    try:
+        draft = recipes.parse(f"{words}-rtn", target_name=target_name)
+    except RecipeError:  # it names an algorithm, or is wrong
+        draft = recipes.parse(words, target_name=target_name)
+    shapes = {name: entry.shape for name, entry in checkpoint.quantized.items()}
+    dtypes = {str(entry.dtype).removeprefix("torch.") for entry in checkpoint.quantized.values()}
+    recipe, _ = recipes.settle(draft, shapes, dtypes.pop() if len(dtypes) == 1 else "float32")
+    if recipe.algorithm not in ("rtn", "hqq") or recipe.transforms or recipe.mixture is not None:
+        raise RecipeError(f"--requantize {words}: conversion has no data; name a number format and rtn or hqq, e.g. int4-asym-g64.")
+    plans = recipes.resolve(replace(recipe, rules=()), shapes, {})
+    made = with_rounded(checkpoint, plans)
+    layers = {**(made.provenance.get("layers") or {}), **{name: rounded_record(plan, shapes[name]) for name, plan in plans.items()}}
+    return replace(made, provenance={**made.provenance, "layers": layers}, activations={} if target_name != "safetensors" else made.activations)
 
 
 def _with_scales(checkpoint: Checkpoint, dtype: str) -> Checkpoint:

@@ -165,7 +165,10 @@ def _score(models, windows: Windows, device: torch.device, advance: Advance) -> 
                 hidden = states.read(number, device)[row : row + 1]
                 logits = streamer.logits(ids.unsqueeze(0), hidden)[0]
                 common = logits.shape[-1] if reference is None else min(logits.shape[-1], reference.shape[-1])  # vocabularies padded differently
-                scores[place].append(score_window(ids, logits[:, :common], None if reference is None else reference[:, :common]))
+                found = score_window(ids, logits[:, :common], None if reference is None else reference[:, :common])
+                if bool(found.nll.isnan().any()):
+                    raise ModelError(f"{streamer.skeleton.checkpoint.path}: its logits are NaN. The config or the weights are damaged.")
+                scores[place].append(found)
                 reference = logits if place == 0 else reference
                 advance()
     return scores

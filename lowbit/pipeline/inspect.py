@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, LazyQuantized, gguf, gguf_arch, open_checkpoint, weight_files
+from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, weight_files
 from ..checkpoints.safetensors import natural_key
 from ..errors import CheckpointError, RecipeError
 
@@ -140,37 +139,19 @@ def summary(config: dict) -> dict:
     """The facts of a config.json by plain names; those that it does not state are left out."""
     inner = config.get("text_config")
     text: dict = inner if isinstance(inner, dict) else {}
-    architectures = config.get("architectures") or []
-    found = {"model_type": config.get("model_type"), "architecture": architectures[0] if architectures else None}
+    architectures = config.get("architectures")
+    found = {"model_type": config.get("model_type"), "architecture": architectures[0] if isinstance(architectures, list) and architectures else None}
     for key, names in _SUMMARY.items():
         found[key] = next((place[name] for place in (text, config) for name in names if place.get(name) is not None), None)
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _rows(checkpoint: Checkpoint) -> Iterator[TensorRow]:
-    true_types = _gguf_types(checkpoint) if checkpoint.kind == "gguf" else {}
     for name in sorted(checkpoint.shapes(), key=natural_key):
         entry = checkpoint.quantized.get(name) or checkpoint.tensors[name]
-        own = entry.scheme.name if isinstance(entry, LazyQuantized) else str(entry.dtype).removeprefix("torch.")
-        kind, size = true_types.get(name, (own, entry.nbytes))
+        kind = entry.scheme.name if isinstance(entry, LazyQuantized) else entry.stored_as or str(entry.dtype).removeprefix("torch.")
         shape = tuple(entry.shape)
-        yield TensorRow(name, kind, shape, 8 * size / max(1, torch.Size(shape).numel()), size)
-
-
-def _gguf_types(checkpoint: Checkpoint) -> dict[str, tuple[str, int]]:
-    """Type and bytes of the tensors that the checkpoint shows as decoded to float16: types without blocks of ours, and transposed matrices."""
-    arch, found = gguf_arch.find(checkpoint.config), {}
-    for info in gguf.read_header(checkpoint.path).tensors.values():
-        if info.name in gguf_arch.ROPE_TENSORS:
-            continue
-        pattern = gguf_arch.hugging_face_name(arch, info.name)
-        count = info.shape[0] if "{e}" in pattern else 1
-        for expert in range(count):
-            name = pattern.replace("{e}", str(expert))
-            kind = GGMLQuantizationType(info.type_id).name.lower()
-            if name in checkpoint.tensors and kind not in ("f32", "f16", "bf16", "f64"):
-                found[name] = (kind, info.nbytes // count)
-    return found
+        yield TensorRow(name, kind, shape, 8 * entry.nbytes / max(1, torch.Size(shape).numel()), entry.nbytes)
 
 
 def _numel(row: TensorRow) -> int:

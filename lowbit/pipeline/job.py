@@ -29,8 +29,8 @@ from torch import Tensor
 from ..checkpoints import LazyQuantized, LazyTensor
 from ..checkpoints.safetensors import open_file, read_json, sync, write_text
 from ..errors import CheckpointError, JobError
-from ..numerics import nbytes, packing
-from ..scheme import INT, Scheme
+from ..numerics import nbytes, parts
+from ..scheme import Scheme
 from ..tensor import QuantizedTensor
 
 KEY, FINISHED = "job.json", "finished.json"
@@ -91,8 +91,8 @@ class Job:
         flat, schemes = {}, {}
         for name, qt in tensors.items():
             schemes[name] = {"scheme": qt.scheme.to_dict(), "shape": list(qt.shape), "dtype": qt.dtype}
-            for key, value in qt.parts.items():
-                flat[f"{name}|{key}"] = packing.pack(value, qt.scheme.bits) if key == "codes" and qt.scheme.format == INT else value.contiguous()
+            for key, value in parts.store(qt).items():
+                flat[f"{name}|{key}"] = value
         self.save_tensors(part, flat)
         write_text(self.folder / f"{part}.json", json.dumps({"records": records, "tensors": schemes}, indent=1) + "\n")
 
@@ -156,10 +156,6 @@ def _lazy(stored: dict, name: str, scheme: Scheme, shape: tuple[int, int], dtype
     keys = [key for key in stored if key.rpartition("|")[0] == name]
 
     def load() -> QuantizedTensor:
-        parts = {}
-        for key in keys:
-            part, value = key.rpartition("|")[2], stored[key].load()
-            parts[part] = packing.unpack(value, scheme.bits, shape[1]) if part == "codes" and scheme.format == INT else value
-        return QuantizedTensor(scheme, shape, dtype, parts)
+        return parts.restore({key.rpartition("|")[2]: stored[key].load() for key in keys}, scheme, shape, dtype)
 
     return LazyQuantized(scheme, shape, getattr(torch, dtype), load, nbytes(scheme, shape))

@@ -91,22 +91,22 @@ def _without_channels(stats: LayerStats, index: Tensor) -> LayerStats:
 
 
 def _alike(linears: list[Linear], plans: dict[str, LayerPlan]) -> list[list[Linear]]:
-    """Matrices with the same plan, which a rowwise algorithm takes as one; others one by one."""
+    """Matrices with the same plan, which a rowwise algorithm takes as one; others one by one. NVFP4's factor of a matrix then is that of all: programs that make them one layer want it so."""
     sets: dict[object, list[Linear]] = {}
     for linear in linears:
         plan = plans.get(linear.name)
         if plan is None:
             continue
-        together = algorithm(plan.algorithm).rowwise and numerics.entry(plan.scheme).rowwise(plan.scheme, linear.shape[1])
+        together = algorithm(plan.algorithm).rowwise and (numerics.entry(plan.scheme).rowwise(plan.scheme, linear.shape[1]) or plan.scheme.format == "nvfp4")
         sets.setdefault((plan.scheme, plan.algorithm, plan.options, None if together else linear.name), []).append(linear)
     return list(sets.values())
 
 
 def _rows(qt: QuantizedTensor, rows: slice, dtype: str) -> QuantizedTensor:
     """Some output rows of a quantized matrix, as standing for a weight of the given dtype."""
-    if not numerics.entry(qt.scheme).rowwise(qt.scheme, qt.shape[1]):
+    if not numerics.entry(qt.scheme).rowwise(qt.scheme, qt.shape[1]) and qt.scheme.format != "nvfp4":
         return QuantizedTensor(qt.scheme, qt.shape, dtype, qt.parts)
-    parts = {key: value.clone() if key in outliers.OF_CHANNELS else value[rows].contiguous() for key, value in qt.parts.items()}
+    parts = {key: value.clone() if key in outliers.OF_CHANNELS or value.ndim == 0 else value[rows].contiguous() for key, value in qt.parts.items()}
     return QuantizedTensor(qt.scheme, (rows.stop - rows.start, qt.shape[1]), dtype, parts)
 
 

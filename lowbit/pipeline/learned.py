@@ -92,6 +92,9 @@ class _Slots:
         parts = []
         for expert in range(len(kept)):
             own = sorted((linear for linear in linears if linear.expert == expert), key=lambda linear: linear.rows or (0, 0))
+            if own and own[0].transposed:
+                parts.append(values[own[0].name].to(kept.device, kept.dtype).T)
+                continue
             rows, start = [], 0
             for linear in own:
                 first, stop = linear.rows or (0, kept.shape[1])

@@ -9,7 +9,8 @@ import transformers
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.gguf import write_tokenizer
-from ..errors import CheckpointError
+from ..errors import CheckpointError, foreign_errors
+from ..models import skeleton as sk
 from ..progress import SILENT, Progress
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -48,14 +49,21 @@ def model_name(path: Path) -> str:
     return path.name.removesuffix(".gguf")
 
 
+def base_name(model: object, path: Path) -> str:
+    """What a card calls the model that a result was made from: its id on the hub where it has one, else the name of its folder or file."""
+    parent = path.parent.parent.name
+    if path.parent.name == "snapshots" and parent.startswith("models--"):
+        return parent.removeprefix("models--").replace("--", "/", 1)
+    return str(model) if isinstance(model, str) and not Path(model).expanduser().exists() else model_name(path)
+
+
 def load_tokenizer(checkpoint: Checkpoint, scratch: Path):
     """The model's own tokenizer; a GGUF file's is written to scratch first. No remote code is run."""
     folder = checkpoint.path
+    sk.read_config(checkpoint)  # which transformers does, too, in other words
     if checkpoint.kind == "gguf":
         folder = scratch / "tokenizer"
         folder.mkdir(exist_ok=True)
         write_tokenizer(checkpoint.path, folder)
-    try:
+    with foreign_errors(f"{checkpoint.path} has no tokenizer that transformers can load"):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds for missing and damaged files
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer that transformers can load ({type(error).__name__}: {error}).") from error

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 from .. import numerics
 from ..algorithms import ALGORITHMS, make_options
-from ..checkpoints import TARGETS
-from ..errors import LowbitError
+from ..checkpoints import TARGETS, holds
 from ..numerics import activations
-from ..scheme import INT, Scheme
+from ..scheme import CASTS, INT, Scheme
 from ..transforms import TRANSFORMS
 from ..transforms import make_options as make_transform_options
 from .recipes import PRESETS, parse
@@ -57,12 +56,6 @@ def _number_format(name: str) -> Method:
     return Method(name, "number format", numerics.FORMATS[name].description, bits=text, files=tuple(target for target in TARGETS if any(_holds(target, scheme) for scheme in schemes)))
 
 
-def _holds(target: str, scheme: Scheme) -> bool:
+def _holds(name: str, scheme: Scheme) -> bool:
     """Whether a target's files hold a scheme's codes (dense safetensors hold the values that they stand for, and are not counted)."""
-    if target == "safetensors":
-        return scheme.format in ("float32", "float16", "bfloat16")
-    try:
-        TARGETS[target].check(replace(scheme, block=(1, 32), scale_dtype="float16") if scheme.format == INT and scheme.block[0] == 1 else scheme, SHAPE, "weight")
-    except LowbitError:
-        return False
-    return True
+    return scheme.format in CASTS if name == "safetensors" else holds(name, replace(scheme, block=(1, 32)) if scheme.format == INT and scheme.block[0] == 1 and scheme.block[1] > 1 else scheme)

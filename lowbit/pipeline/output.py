@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,10 +20,14 @@ from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
 from ..checkpoints.checkpoint import CHUNK_BYTES
 from ..errors import JobError, RecipeError, ResourceError
-from ..models.linears import Linear
+from ..models import skeleton as sk
+from ..models.linears import find_linears
+from ..models.skeleton import Skeleton
+from ..numerics.ggml import BLOCK_TYPES
 from ..progress import Progress
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
+from .card import write_card
 from .job import temporary, work_folder
 from .recipes import LayerPlan
 from .resources import parse_size
@@ -47,11 +52,17 @@ def write(
     progress: Progress,
     *,
     overwrite: bool,
+    base: str,
     shard_bytes: int | None = None,
     whole: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it."""
+    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it.
+
+    base: the original's name, for the card, which goes into an output folder or beside an output file. shard_bytes: see shard_bytes_of.
+    """
     kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
+    if overwrite and old.exists() and not output.exists():  # an earlier run was killed between its last two steps
+        os.replace(old, output)
     _delete(draft)
     draft.parent.mkdir(parents=True, exist_ok=True)
     if not kind.suffix or shard_bytes is not None:
@@ -59,15 +70,26 @@ def write(
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
             kind.write(checkpoint, draft, shard_bytes=shard_bytes, progress=advance)
+            if draft.is_dir():
+                write_card(draft, base=base)
         except BaseException:
             _delete(draft)
             raise
     whole()
-    _delete(old)
-    if output.exists() and overwrite:
+    aside = overwrite and output.exists() and (output.is_dir() or draft.is_dir())  # a file replaces a file in one step
+    if aside:
+        _delete(old)
         os.replace(output, old)
-    os.replace(draft, output)
-    _delete(old)
+    try:
+        os.replace(draft, output)
+    except OSError:
+        if aside:
+            os.replace(old, output)
+        raise
+    if aside:
+        _delete(old)
+    if output.is_file():
+        write_card(output, base=base)
 
 
 def _delete(path: Path) -> None:
@@ -93,12 +115,45 @@ def readable_errors(output: Path) -> Iterator[None]:
         raise JobError(f"The output cannot be written or the model cannot be read ({what}).{keep}") from error
 
 
-def as_stored_dense(checkpoint: Checkpoint, linears: list[Linear]) -> Checkpoint:
-    """The checkpoint with the quantized matrices of Conv1D layers as dense ones, turned to [in, out] as their models store them."""
-    names = [linear.name for linear in linears if linear.transposed and linear.name in checkpoint.quantized]
-    dense = {name: _turned(checkpoint, name) for name in names}
-    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in dense}
-    return replace(checkpoint, tensors={**checkpoint.tensors, **dense}, quantized=quantized)
+def as_stored_dense(checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+    """The checkpoint with dense tensors as its model stores them: the quantized matrices of Conv1D layers turned to [in, out], those of single experts in one tensor where the model has one."""
+    linears = [linear for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index)]
+    names = [linear.name for linear in linears if linear.transposed and linear.expert is None and linear.name in checkpoint.quantized]
+    made = {name: _turned(checkpoint, name) for name in names}
+    members = {name: parameter for parameter, names in sk.stacks(skeleton).items() for name in names}
+    for parameter, names in sk.stacks(skeleton).items():
+        made[parameter] = _stack(checkpoint, names, skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in members}
+    quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in made and name not in members}
+    return replace(checkpoint, tensors={**tensors, **made}, quantized=quantized)
+
+
+def _stack(checkpoint: Checkpoint, names: list[str], transposed: bool) -> LazyTensor:
+    """The matrices of all experts as one tensor, an expert at a time."""
+    first = checkpoint.lazy(names[0])
+    one = lambda name: checkpoint.dense(name).T if transposed else checkpoint.dense(name)
+    shape = first.shape[::-1] if transposed else first.shape
+    return LazyTensor((len(names), *shape), first.dtype, lambda start, stop: torch.stack([one(name) for name in names[start:stop]]))
+
+
+def checked(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The checkpoint whose dense tensors of these names raise FormatError when NaN or infinity is read from them, and its ggml blocks when they stand for it."""
+
+    def read(name: str, lazy: LazyTensor, start: int, stop: int) -> Tensor:
+        rows = lazy.read(start, stop)
+        numerics.refuse_bad_values(rows, name)
+        return rows
+
+    def load(name: str, entry: LazyQuantized) -> QuantizedTensor:
+        qt = entry.load()
+        if qt.scheme.format in BLOCK_TYPES:  # other readers look at their scales
+            numerics.refuse_bad_values(numerics.dequantize(qt), name)
+        return qt
+
+    wanted = set(names)
+    tensors = {name: replace(lazy, read=partial(read, name, lazy)) if name in wanted and lazy.dtype.is_floating_point else lazy for name, lazy in checkpoint.tensors.items()}
+    quantized = {name: replace(entry, load=partial(load, name, entry)) if name in wanted else entry for name, entry in checkpoint.quantized.items()}
+    return replace(checkpoint, tensors=tensors, quantized=quantized)
 
 
 def _turned(checkpoint: Checkpoint, name: str) -> LazyTensor:

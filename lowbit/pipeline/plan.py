@@ -39,6 +39,7 @@ DEFAULT_RECIPES = (
     "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k",
 )  # fmt: skip
 GROUP_SIZES = (128, 64, 32, 16)  # tried in turn where a group does not divide a matrix
+MOST_MODULES = 20_000  # of a config alone; the largest models have some thousands
 BATCH_TOKENS = 512  # of llama.cpp's and of our own passes over a prompt
 PROGRAM_BYTES = 300_000_000  # RssAnon of a Python process with torch and transformers, less the model's (pipeline/latency.py); llama.cpp's takes less
 _CONTEXT_FREE = ("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding")
@@ -189,7 +190,7 @@ def _open(config: dict | str | Path) -> Checkpoint:
     if path.suffix == ".gguf" and path.is_file():
         return open_checkpoint(path)
     if path.is_file():
-        return stand_in(safetensors.read_json(path), path.absolute().parent.name)
+        return stand_in(safetensors.read_json(path.resolve()), path.absolute().parent.name)
     if not path.is_dir():
         return stand_in(safetensors.read_json(_hub_config(str(config))), str(config))
     if not (path / "config.json").is_file():
@@ -238,12 +239,7 @@ def _on_meta(checkpoint: Checkpoint):
     settings = sk.read_config(checkpoint)
     dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or settings.get_text_config().dtype
     dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
-    kind = sk.model_class(settings)
-    try:
-        with torch.device("meta"):
-            model = kind._from_config(settings, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    except Exception as error:  # the library raises many kinds for a bad value, and for a package that is not there
-        raise sk.bad_config(checkpoint, error) from error
+    model = sk.on_meta(checkpoint, sk.model_class(settings), settings, dtype if isinstance(dtype, torch.dtype) else torch.float32, modules=MOST_MODULES)
     model.tie_weights()
     return model
 

@@ -28,7 +28,7 @@ from . import recipes, resources
 from .blocks import part, rewritten, run
 from .calibration import Windows, calibration_windows
 from .job import Job, refuse_existing, work_folder
-from .locate import load_tokenizer, locate, model_name
+from .locate import base_name, load_tokenizer, locate, model_name
 from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
 from .selfgen import self_texts
 from .setup import Setup, check_resources, refuse_damaged, set_up
@@ -100,7 +100,8 @@ def quantize(
                 if not job.written:
                     run(setup, windows, job, peak)
                     peak.look()
-                    write(_assemble(setup, windows, job, tokenizer), setup.recipe.target, output, progress, overwrite=overwrite, shard_bytes=shard_bytes, whole=job.finish)
+                    made = _assemble(setup, windows, job, tokenizer)
+                    write(made, setup.recipe.target, output, progress, overwrite=overwrite, base=base_name(model, located), shard_bytes=shard_bytes, whole=job.finish)
                 job.remove()
                 peak.look()
                 seconds = time.monotonic() - started
@@ -192,7 +193,7 @@ def _assemble(setup: Setup, windows: Windows | None, job: Job, tokenizer) -> Che
     provenance = _provenance(setup, windows, records)
     activations = {name: Rounding.from_dict(record["activation"]) for name, record in records.items() if "activation" in record}
     made = replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance, activations=activations)
-    return made if setup.recipe.target != "safetensors" else as_stored_dense(made, [x for block in setup.linears for x in block])
+    return made if setup.recipe.target != "safetensors" else as_stored_dense(made, setup.skeleton)
 
 
 def _held(value: torch.Tensor) -> LazyTensor:

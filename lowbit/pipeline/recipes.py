@@ -11,12 +11,12 @@ from typing import Any
 
 from .. import numerics
 from ..algorithms import ALGORITHMS, check_format, make_options
-from ..checkpoints import TARGETS, ct_layouts, gguf_mixtures, target
+from ..checkpoints import TARGETS, gguf_mixtures, holds, target
 from ..checkpoints.gguf import fallback
 from ..errors import RecipeError
 from ..models.arch import ROUTERS
 from ..numerics import additive, codebook, floating, lattice, ternary
-from ..numerics.ggml import BLOCK_TYPES
+from ..numerics.ggml import BLOCK_TYPES, WRITTEN
 from ..recipe import Calibration, Recipe, Rule, from_dict
 from ..scheme import CASTS, INT, OBSERVERS, Activation, Scheme
 from ..transforms import TRANSFORMS, of_blocks
@@ -59,9 +59,11 @@ PRESETS: dict[str, tuple[str, str]] = {
 FORMAT_ALIASES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "fp8": "fp8_e4m3", "mxfp8": "mxfp8_e4m3", "mxfp6": "mxfp6_e2m3"}
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
 GPTAQ_ALPHA = 0.25
+NATURAL = ("compressed-tensors", "bitsandbytes", "hqq", "aqlm", "bitnet")  # where a result goes when no target is named, in this order
 GUIDED = ("gptq", "ldlq", "aqlm")
 SEARCH_WORDS = ("minmax", "percentile", "mse", "golden")
 AUTO_GROUPS = (128, 64, 32)
+FILE_BYTES, LINE_LENGTH = 100_000, 10_000  # of a recipe file
 FILE_KEYS = ("scheme", "algorithm", "options", "transforms", "activations", "scale_dtype", "rules", "calibration", "true_sequential", "target")
 
 
@@ -104,14 +106,18 @@ def parse(text: str | Path | Recipe | None, *, target_name: str | None = None) -
         target(draft.recipe.target)
         return draft
     target(chosen)
-    if target_name is None and _only_dense(draft.recipe.scheme):
-        chosen = "safetensors"
+    if target_name is None:
+        chosen = _natural_target(draft.recipe)
     return replace(draft, recipe=replace(draft.recipe, target=chosen), target_given=True)
 
 
-def _only_dense(scheme: Scheme) -> bool:
-    """Whether no other target holds the scheme: its decoded values are written then."""
-    return scheme.format not in (*CASTS, *BLOCK_TYPES) and ct_layouts.layout_of(scheme) is None
+def _natural_target(recipe: Recipe) -> str:
+    """The first layout of the field that holds all schemes of a recipe, else lowbit's own."""
+    schemes = {recipe.scheme, *(rule.scheme for rule in recipe.rules if rule.scheme is not None)}
+    if any(scheme.format in BLOCK_TYPES for scheme in schemes):
+        return "gguf"
+    several = {"compressed-tensors", "hqq"} if len(schemes) > 1 else set(TARGETS)  # the other layouts have one scheme for all layers
+    return next((name for name in NATURAL if name in several and all(holds(name, scheme) for scheme in schemes)), "lowbit")
 
 
 def _short(text: str, *, name: str) -> Draft:
@@ -181,13 +187,13 @@ def _word(word: str, text: str, put) -> None:
         put("format", (FORMAT_ALIASES[word], 0), word)
     elif word == "dq":
         put("nested", codebook.NESTED_BLOCK, word)
-    elif match := re.fullmatch(r"out([1-9][0-9]*)(?:b(8|16))?", word):
+    elif match := re.fullmatch(r"out([1-9][0-9]{0,8})(?:b(8|16))?", word):
         put("outliers", (int(match[1]), int(match[2] or 16)), word)
     elif _activation_word(word, put):
         pass
     elif word in ("sym", "asym"):
         put("symmetric", word == "sym", word)
-    elif match := re.fullmatch(r"g([1-9][0-9]*)", word):
+    elif match := re.fullmatch(r"g([1-9][0-9]{0,8})", word):
         put("group", (1, int(match[1])), word)
     elif word in ("channel", "tensor"):
         put("group", (1, -1) if word == "channel" else (-1, -1), word)
@@ -202,12 +208,12 @@ def _word(word: str, text: str, put) -> None:
     elif word == "gptaq":
         put("algorithm", "gptq", word)
         put("alpha", GPTAQ_ALPHA, word)
-    elif match := re.fullmatch(r"guided([1-9][0-9]*)?", word):
+    elif match := re.fullmatch(r"guided([1-9][0-9]{0,8})?", word):
         put("guided", True, word)
         if match[1]:
             put("guide_groups", int(match[1]), word)
     else:
-        formats = (*BLOCK_TYPES, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *(name.removeprefix("aqlm_") for name in additive.KINDS), *CASTS)
+        formats = (*WRITTEN, *codebook.CODES, *floating.KINDS, *ternary.KINDS, *lattice.KINDS, *(name.removeprefix("aqlm_") for name in additive.KINDS), *CASTS)
         raise RecipeError(
             f"recipe {text!r}: the word {word!r} is not known. A recipe is a preset ({', '.join(PRESETS)}), a .toml file, or words joined by '-': "
             f"int2..int8 or {', '.join(formats)}; one of llama-quantize's mixtures (q4_k_m, ...); pure, weighted (of ggml types); dq; "
@@ -274,11 +280,16 @@ def _scheme_of_all(found: dict[str, Any]) -> Scheme:
 
 def _toml(path: Path) -> Draft:
     """A recipe file: see docs/recipes.md. Unknown keys and wrong types are errors."""
+    if not path.is_file():
+        raise RecipeError(f"{path} {'is no file' if path.exists() else 'does not exist'}.")
+    if path.stat().st_size > FILE_BYTES:
+        raise RecipeError(f"{path} has {path.stat().st_size:,} bytes; a recipe has at most {FILE_BYTES:,}.")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if max(map(len, text.splitlines()), default=0) > LINE_LENGTH:  # a key of thousands of parts takes minutes
+            raise ValueError(f"a line is longer than {LINE_LENGTH:,} characters")
+        data = tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
     where = str(path)
     for key in data:
@@ -397,9 +408,8 @@ def settle(draft: Draft, linears: dict[str, tuple[int, int]], model_dtype: str) 
         scheme = replace(scheme, block=block)
         why = "what Q4_0 stores" if recipe.target == "gguf" else f"the largest of {', '.join(map(str, AUTO_GROUPS))} that divides every layer"
         notes.append(f"Group size not given: {scheme.name} ({why})." if fitting else f"No group size divides every layer: {scheme.name}.")
-    if recipe.target == "safetensors" and _only_dense(scheme):
-        notes.append(f"No file format that lowbit writes holds {scheme.name} yet: the values are written as dense weights, in the model's own dtype.")
-    if (scheme.format == INT or (scheme.format in ("fp8_e4m3", "fp8_e5m2") and recipe.target == "compressed-tensors")) and not draft.scale_given:
+    stored_as_model = {"fp8_e4m3": "compressed-tensors", "fp8_e5m2": "compressed-tensors", "ternary": "bitnet"}  # formats whose scales a target casts to the model's dtype
+    if (scheme.format == INT or stored_as_model.get(scheme.format) == recipe.target) and not draft.scale_given:
         scheme = replace(scheme, scale_dtype=TARGETS[recipe.target].scale_dtype or model_dtype)
     given = draft.rule_groups_given or (True,) * len(recipe.rules)
     rules = tuple(_settle_rule(rule, scheme, own_group) for rule, own_group in zip(recipe.rules, given, strict=True))

@@ -60,6 +60,7 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
     rounded = bool(checkpoint.activations)
     checkpoint = replace(checkpoint, activations={})
     skeleton = sk.build(checkpoint)
+    checkpoint = skeleton.checkpoint
     linears = [find_linears(skeleton, index) for index in range(len(skeleton.blocks))]
     shapes = {linear.name: linear.shape for block in linears for linear in block}
     if not shapes:
@@ -76,10 +77,11 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         outside = outside_matrices(skeleton)
         if not own_head and len(outside) > 1:
             notes.append("The head was tied to the embedding; rotated, it is a tensor of its own (it takes the weight of the final norm).")
-    packed = recipe.target not in ("gguf", "safetensors")
+    packed = recipe.target not in ("gguf", "safetensors", "lowbit")
     if packed and any(linear.transposed for block in linears for linear in block):
         raise ModelError(
-            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers, which no program reads from {recipe.target}. Write it with --to gguf or --to safetensors."
+            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers or in one tensor for all experts, which no program reads from {recipe.target}. "
+            "Write it with --to lowbit, --to gguf or --to safetensors."
         )
     if rounded:
         notes.append("This checkpoint rounds the inputs of its layers. That is dropped: the recipe alone says what is rounded now.")

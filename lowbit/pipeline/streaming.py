@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import numerics
 from ..errors import ModelError
 from ..models import skeleton as sk
 from ..models.kv_cache import BlockCache, KVScheme
@@ -227,13 +228,15 @@ def _compact_embedding(skeleton: Skeleton, name: str, module: nn.Embedding, batc
     vocabulary = module.weight.shape[0]
     if int(used[-1]) >= vocabulary:
         raise ModelError(f"a token id is {int(used[-1])}, and the embedding has {vocabulary} rows: the tokenizer does not belong to this model.")
-    lazy = skeleton.checkpoint.lazy(skeleton.sources[f"{name}.weight"].flat()[0])
+    source = skeleton.sources[f"{name}.weight"].flat()[0]
+    lazy = skeleton.checkpoint.lazy(source)
     rows = torch.empty(len(used), lazy.shape[1], dtype=dtype, device=device)
     chunk = max(1, HEAD_CHUNK_BYTES // (lazy.shape[1] * 4))
     for start in range(0, vocabulary, chunk):
         inside = (used >= start) & (used < start + chunk)
         if bool(inside.any()):
             rows[inside] = lazy.read(start, min(start + chunk, vocabulary))[used[inside] - start].to(device, dtype)
+    numerics.refuse_bad_values(rows, source)
     place = torch.zeros(vocabulary, dtype=torch.int64)
     place[used] = torch.arange(len(used))
     place = place.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import CheckpointError, LowbitError
 from ..pipeline.evaluate import Row
 from ..scheme import Scheme
 from . import charts, records
@@ -13,7 +14,14 @@ VERSIONS = ("lowbit", "torch", "transformers")
 
 
 def model_section(row: Row, *, is_open: bool) -> Html:
-    """A fold with everything that the provenance of a model says."""
+    """A fold with everything that the provenance of a model says; CheckpointError for one that lowbit did not write."""
+    try:
+        return _model_section(row, is_open=is_open)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, LowbitError) as error:
+        raise CheckpointError(f"{row.path}: its provenance is not what lowbit writes ({type(error).__name__}: {error}).") from error
+
+
+def _model_section(row: Row, *, is_open: bool) -> Html:
     layers = records.read(row.provenance)
     described = row.provenance.get("recipe", {}).get("name", "") if row.provenance else "no record of how it was made"
     return tag(

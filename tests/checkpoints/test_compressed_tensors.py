@@ -50,7 +50,7 @@ def quantize(path, scheme):
         else:
             qt = numerics.quantize(tensor.load(), chosen)
             quantized[name] = LazyQuantized(chosen, qt.shape, tensor.dtype, lambda qt=qt: qt)
-    return Checkpoint("safetensors", path, source.config, tensors, quantized, source.files, {"recipe": "a test"})
+    return Checkpoint("safetensors", path, source.config, tensors, quantized, source.files, {"recipe": {"name": "a test"}})
 
 
 def single(qt, name="model.layers.0.self_attn.q_proj.weight"):
@@ -410,7 +410,7 @@ def test_round_trip_bit_for_bit(tmp_path, scheme):
 def test_round_trip_of_a_model(models, tmp_path):
     checkpoint = quantize(models("llama"), lambda n: Scheme("float16") if "o_proj" in n else mixed(n))
     again = compressed_tensors.open_folder(written(checkpoint, tmp_path))
-    assert again.shapes() == checkpoint.shapes() and again.provenance == {"recipe": "a test"}
+    assert again.shapes() == checkpoint.shapes() and again.provenance == {"recipe": {"name": "a test"}}
     assert [f.name for f in again.files] == ["generation_config.json"]
     integers = {name: entry for name, entry in checkpoint.quantized.items() if entry.scheme.format == "int"}
     assert set(again.quantized) == set(integers) and len(integers) == 12

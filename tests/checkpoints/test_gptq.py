@@ -181,12 +181,12 @@ def test_conversions_keep_every_value(save_model, tmp_path, stored):
     first = open_checkpoint(tmp_path / "gptq")
     source = tmp_path / "gptq"
     for kind in ("compressed-tensors", "awq", "auto-round", "gptq"):
-        source = convert(source, kind, tmp_path / f"to-{kind}")
+        source = convert(source, kind, tmp_path / f"to-{kind}").path
         made = open_checkpoint(source)
         assert made.kind == kind and set(made.quantized) == set(first.quantized)
         assert all(torch.equal(made.dense(name), first.dense(name)) for name in first.quantized)
     lowbit.quantize(model, "int4-sym-g32-rtn", tmp_path / "sym", target_name="gptq")
-    assert convert(tmp_path / "sym", "gguf", tmp_path / "out.gguf").is_file()
+    assert convert(tmp_path / "sym", "gguf", tmp_path / "out.gguf").path.is_file()
     qt = gptq.decode({part: stored[f"4.act-order.{part}"] for part in gptq.PARTS}, Scheme(bits=4, block=(1, 32), symmetric=False, scale_dtype="float16"), (64, 96), "float16", gptq.V2)
     for kind in ("awq", "auto-round"):
         with pytest.raises(LowbitError, match="act-order"):

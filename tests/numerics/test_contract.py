@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from lowbit import numerics
-from lowbit.errors import LowbitError, ShapeError
+from lowbit.errors import LowbitError, RecipeError, ShapeError
 from lowbit.numerics import FORMATS, bits_per_weight, dequantize, nbytes, quantize
 from lowbit.scheme import INT, Scheme
+from lowbit.tensor import QuantizedTensor
 
-SCHEMES = [numerics.scheme_of(name) for name in FORMATS if name != INT] + [Scheme("nf4", 4, (1, 32), nested=256), Scheme("fp8_e4m3", 8, (-1, -1)), Scheme("ternary", 2, (1, 32))] + [
+ONLY_READ = [name for name in FORMATS if FORMATS[name].quantize is None]
+SCHEMES = [numerics.scheme_of(name) for name in FORMATS if name not in (INT, *ONLY_READ)] + [Scheme("nf4", 4, (1, 32), nested=256), Scheme("fp8_e4m3", 8, (-1, -1)), Scheme("ternary", 2, (1, 32))] + [
     Scheme(bits=b, block=block, symmetric=sym) for b in (2, 3, 4, 5, 8) for block in ((1, 32), (1, -1), (-1, -1)) for sym in (True, False)
 ]
 LARGEST_ERROR = {
     "float32": 0, "float16": 1e-6, "bfloat16": 1e-4, "q8_0": 1e-4, "q6_k": 1e-3, "q5_k": 4e-3, "q5_1": 4e-3, "q5_0": 4e-3, "q4_k": 1e-2, "q4_1": 1e-2,
     "q4_0": 2e-2, "q3_k": 5e-2, "q2_k": 0.15, "nf4": 1.2e-2, "fp4": 2.5e-2, "nvfp4": 1.5e-2, "mxfp4": 2.5e-2, "mxfp6_e2m3": 1.5e-3, "mxfp6_e3m2": 4e-3,
+    "iq4_nl": 1e-2, "iq4_xs": 1e-2, "ggml_mxfp4": 2.5e-2, "tq1_0": 0.75, "tq2_0": 0.75,
     "mxfp8_e4m3": 1e-3, "mxfp8_e5m2": 4e-3, "fp8_e4m3": 1e-3, "fp8_e5m2": 4e-3, "ternary": 0.3, "binary": 0.4, "e8p2": 0.12, "e8p3": 0.04, "e8p4": 0.012,
     **{name: 0.1 for name in FORMATS if name.startswith("aqlm")},  # the matrix is so small that codebooks hold most of it
 }  # fmt: skip
@@ -67,6 +70,17 @@ def test_zeros_stay_zeros_and_bad_values_are_refused(scheme):
         W[1, 2] = bad
         with pytest.raises(LowbitError):
             quantize(W, scheme)
+
+
+@pytest.mark.parametrize("name", ONLY_READ)
+def test_formats_that_are_only_read(name):
+    """They are refused with what fits, and zeros in their blocks decode to zeros of the size that is announced."""
+    scheme = numerics.scheme_of(name)
+    with pytest.raises(RecipeError, match=f"{name} is read .* and not made: .* Use "):
+        quantize(weights(), scheme)
+    blocks = torch.zeros(6, nbytes(scheme, (1, 512)), dtype=torch.uint8)
+    decoded = dequantize(QuantizedTensor(scheme, (6, 512), "float16", {"blocks": blocks}))
+    assert decoded.dtype == torch.float32 and decoded.shape == (6, 512) and not decoded.any()
 
 
 def test_shapes_and_names():

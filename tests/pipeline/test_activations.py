@@ -190,7 +190,7 @@ def test_an_input_that_rounds_is_said_and_dropped(model_folder, tmp_path, text_f
     lowbit.quantize(model_folder("llama"), "int8-sym-channel-rtn-a4", tmp_path / "first", target_name="compressed-tensors")
     second = lowbit.quantize(tmp_path / "first", "int8-sym-channel-rtn", tmp_path / "second")
     assert any("rounds the inputs" in note for note in second.provenance["notes"]) and not open_checkpoint(second.path).activations
-    dense = convert(tmp_path / "first", "safetensors", tmp_path / "dense")
+    dense = convert(tmp_path / "first", "safetensors", tmp_path / "dense").path
     assert len(open_checkpoint(dense).activations) == 21
     with pytest.raises(RecipeError, match="would not say"):
         convert(dense, "compressed-tensors", tmp_path / "out")

@@ -113,6 +113,16 @@ def test_refused_words(text, words):
     assert repr(text) in str(caught.value) or " makes " in str(caught.value) or "options of" in str(caught.value)
 
 
+@pytest.mark.parametrize(("text", "instead"), [("iq2_xxs", "q2_k"), ("iq3_s-gptq", "q3_k"), ("ggml_nvfp4", "ggml_mxfp4")])
+def test_types_that_are_only_read_are_refused_with_what_fits(tmp_path, text, instead):
+    message = rf"^{text.partition('-')[0]} is read from GGUF files and not made: .* Use {instead}, the nearest type that it makes\.$"
+    with pytest.raises(RecipeError, match=message):
+        recipes.parse(text, target_name="gguf")
+    rule = toml(tmp_path, f'scheme = "q4_k"\n[[rules]]\nmatch = "*"\nscheme = "{text}"\n')
+    with pytest.raises(RecipeError, match=message):
+        recipes.parse(rule, target_name="gguf")
+
+
 def test_a_preset_in_a_longer_form_is_explained():
     with pytest.raises(RecipeError, match="'w4a16' is not known"):
         recipes.parse("w4a16-asym")
@@ -191,7 +201,7 @@ def test_a_recipe_object_is_taken_as_it_is():
 
 @pytest.mark.parametrize("target_name", ["onnx", "GGUF", ""])
 def test_unknown_target(target_name):
-    with pytest.raises(RecipeError, match=r"target '.*' is not known; expected one of compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes, safetensors"):
+    with pytest.raises(RecipeError, match=r"target '.*' is not known; expected one of compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes, hqq, aqlm, bitnet, torchao, lowbit, safetensors"):
         recipes.parse("int4-g32", target_name=target_name or "x")
 
 
@@ -213,6 +223,12 @@ def test_k_quants_fall_back_as_llama_quantize_does():
     assert plans["a.weight"].scheme.format == "q5_0"
     assert plans["a.weight"].notes == ("q4_k cannot hold rows of 576: q5_0 was used, as llama-quantize does",)
     assert plans["b.weight"].scheme.format == "q4_k" and not plans["b.weight"].notes
+
+
+@pytest.mark.parametrize(("text", "other"), [("iq4_xs", "iq4_nl"), ("tq2_0", "q4_0"), ("tq1_0", "q4_0")])
+def test_types_of_256_fall_back_as_llama_quantize_does(text, other):
+    plans = resolved(text, target_name="gguf", linears={"a.weight": (64, 576), "b.weight": (64, 512), "c.weight": (64, 545)})
+    assert [plan.scheme.format for plan in plans.values()][:3] == [other, text, "float16"]
 
 
 def test_ggml_types_belong_into_gguf():
@@ -350,7 +366,7 @@ def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot be read as TOML"):
         recipes.parse(tmp_path / "x.toml")
-    with pytest.raises(RecipeError, match="cannot be read as TOML"):
+    with pytest.raises(RecipeError, match="is no file"):
         (tmp_path / "d.toml").mkdir()
         recipes.parse(tmp_path / "d.toml")
 
@@ -370,3 +386,15 @@ def test_every_algorithm_is_a_word():
 
 def test_errors_are_lowbit_errors():
     assert issubclass(RecipeError, LowbitError)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [
+        ("int4-sym-g32-rtn", "compressed-tensors"), ("nf4-dq", "bitsandbytes"), ("llm-int8", "bitsandbytes"), ("hqq-int2", "hqq"), ("aqlm-2x8", "aqlm"), ("bitnet", "bitnet"), ("quip-2", "lowbit"),
+        ("mxfp6-rtn", "lowbit"), ("int4-sym-g32-out8-rtn", "lowbit"), ("q4_k", "gguf"), ("w8a8-smooth", "compressed-tensors"), ("ternary-rtn", "lowbit"),
+    ],
+)  # fmt: skip
+def test_natural_target(recipe, target):
+    """Without --to a result goes into the layout that the field has for it."""
+    assert recipes.parse(recipe).recipe.target == target

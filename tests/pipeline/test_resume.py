@@ -118,7 +118,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(job, point, fork_server, model_f
     resumed = bench.run(out, resume=True)
     assert resumed["status"] == 0, resumed["output"]
     assert_same(reference, out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([out.name, f"{out.name}.log"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([out.name, f"{out.name}.log", *([f"{out.name}.README.md"] if out.is_file() else [])])
 
 
 def test_killed_again_and_again(dense, tmp_path, assert_same):

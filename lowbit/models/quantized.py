@@ -1,0 +1,120 @@
+"""Whole models that keep their quantized matrices packed: linear layers decode theirs whenever they are used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import numerics
+from ..errors import ModelError
+from ..numerics import activations, parts
+from ..scheme import Rounding
+from ..tensor import QuantizedTensor
+from . import rounding, skeleton
+from .linears import find_linears
+from .skeleton import Skeleton
+
+
+class QuantLinear(nn.Module):
+    """y = round(x) W^T + bias, with W [out_features, in_features] in any number format; rounding: of the inputs (None: as they are).
+
+    The parts of W are buffers, packed as numerics/parts.py has them; they belong to no state dict, since a dtype cast there would change what they mean.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, qt: QuantizedTensor, bias: Tensor | None = None, rounding: Rounding | None = None, decode_to: torch.dtype | None = None) -> None:
+        """decode_to: what decoded weights are rounded to; None: the dtype that they stand for (as Checkpoint.dense does: what is measured is what runs)."""
+        super().__init__()
+        self.scheme, self.dtype_name, self.rounding = qt.scheme, qt.dtype, rounding
+        self.decode_to: torch.dtype = decode_to or getattr(torch, qt.dtype)
+        self.out_features, self.in_features = qt.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        stored = parts.store(qt)
+        self.names = tuple(stored)
+        for name, value in stored.items():
+            self.register_buffer(f"_{name}", value, persistent=False)
+
+    def quantized(self) -> QuantizedTensor:
+        """The matrix as data."""
+        stored = {name: getattr(self, f"_{name}") for name in self.names}
+        return parts.restore(stored, self.scheme, (self.out_features, self.in_features), self.dtype_name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded matrix."""
+        return numerics.dequantize(self.quantized()).to(self.decode_to)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] in any floating dtype, which the result has, too."""
+        if self.rounding is not None:
+            x = activations.fake_quantize(x, self.rounding)
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def _apply(self, fn, recurse: bool = True) -> QuantLinear:
+        """Moves to devices; casts of dtype leave the parts as they are."""
+        before = {name: getattr(self, f"_{name}") for name in self.names}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = getattr(self, f"_{name}")
+            if moved.dtype != value.dtype:
+                setattr(self, f"_{name}", value.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}, bias={self.bias is not None}"
+
+
+def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.device("cpu"), *, decode_to: torch.dtype | None = None) -> nn.Module:
+    """Fill the skeleton's model: quantized matrices of linear layers stay packed (decode_to: see QuantLinear), everything else is decoded to dtype."""
+    model = built.model
+    skeleton.fill_buffers(model, model, device)
+    install(built, model, dtype, device, decode_to)
+    tied = model.all_tied_weights_keys
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and not (name in tied and name not in built.sources):
+            set_parameter(model, name, skeleton.load_parameter(built, name, dtype).to(device))
+    model.tie_weights()
+    for index, block in enumerate(built.blocks):
+        fused = [linear for linear in find_linears(built, index) if linear.expert is not None]
+        rounding.attach(block, fused, built.checkpoint.activations)
+    return model.eval()
+
+
+def install(built: Skeleton, model: nn.Module, dtype: torch.dtype, device: torch.device, decode_to: torch.dtype | None = None) -> list[str]:
+    """Put a QuantLinear where the checkpoint has a quantized matrix for a linear layer of model; returns the parameters that it replaced."""
+    replaced = []
+    for parameter, name in matrices(built).items():
+        module = parameter.removesuffix(".weight")
+        old = model.get_submodule(module)
+        bias = skeleton.load_parameter(built, f"{module}.bias", dtype).to(device) if getattr(old, "bias", None) is not None else None
+        made = QuantLinear(built.checkpoint.quantized[name].load(), bias, built.checkpoint.activations.get(name), decode_to).to(device)
+        model.set_submodule(module, made.eval())
+        replaced.append(parameter)
+    return replaced
+
+
+def matrices(built: Skeleton) -> dict[str, str]:
+    """The parameters of linear layers whose matrix is quantized in the checkpoint, and its name there."""
+    tied = {name for pair in built.model.all_tied_weights_keys.items() for name in pair}
+    found = {}
+    for parameter, source in built.sources.items():
+        names = source.flat()
+        module = built.model.get_submodule(parameter.rpartition(".")[0])
+        if source.converter is None and parameter not in tied and names[0] in built.checkpoint.quantized and type(module) in (nn.Linear, Conv1D):
+            found[parameter] = names[0]
+    return found
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter by name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def refuse_rounded_experts(built: Skeleton) -> None:
+    """Raise ModelError where experts read rounded inputs, which only a model that lowbit builds does."""
+    plain = set(matrices(built).values())
+    if left := next((name for name in built.checkpoint.activations if name not in plain), None):
+        raise ModelError(f"{left} is to read rounded inputs, which transformers' own experts do not. Load it with lowbit.load.")
