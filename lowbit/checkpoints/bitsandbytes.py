@@ -60,7 +60,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = Non
     scheme = safetensors.one_scheme(checkpoint, KIND)
     encode = _encode8 if scheme.format == INT else _encode4
     stored = lambda name: encode(checkpoint.quantized[name].load(), name.removesuffix(".weight"))
-    safetensors.write_packed(checkpoint, folder, stored, _section(scheme, safetensors.dense_linears(checkpoint)), entries=6, shard_bytes=shard_bytes, progress=progress)
+    section = _section(scheme, safetensors.dense_linears(checkpoint))
+    safetensors.write_packed(checkpoint, folder, stored, section, entries=6, shard_bytes=shard_bytes, progress=progress)
 
 
 def _section(scheme: Scheme, dense: list[str]) -> dict:

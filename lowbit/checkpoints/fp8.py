@@ -1,7 +1,8 @@
 """Models published in fine-grained FP8 (quant_method "fp8": DeepSeek-V3, Qwen3-FP8 and others), read as dense weights.
 
     X.weight             float8_e4m3fn [N, K]
-    X.weight_scale_inv   float32 (also bfloat16, E8M0, or E8M0 as uint8) [ceil(N / r), ceil(K / c)], blocks of weight_block_size [r, c]; without it one number. Despite its name a factor: w = q * scale_inv
+    X.weight_scale_inv   float32 (also bfloat16, E8M0, or E8M0 as uint8) [ceil(N / r), ceil(K / c)], blocks of weight_block_size [r, c]; without it one number.
+                         Despite its name a factor: w = q * scale_inv
     X.activation_scale   of static activations; not used: weights are what is read, inputs stay as they are (as transformers does without a GPU)
 
 A block at the end of a side that its size does not divide is shorter. Decoding is in float32, then rounded to the dtype of config.json, as transformers does it.
@@ -62,7 +63,7 @@ def _open(name: str, tensors: Mapping[str, LazyTensor], block: list[int] | None,
         exact = torch.ldexp(torch.ones(grid), stored.int() - 127) if stored.dtype == torch.uint8 else stored.float()
         if not bool(torch.isfinite(exact).all()):
             raise CheckpointError(f"{path}: {name}_scale_inv holds NaN or infinity. The file is damaged.")
-        wide = exact.repeat_interleave(size[1], dim=1)[:, :columns]
+        wide = exact.repeat_interleave(min(size[1], columns), dim=1)[:, :columns]
         return values.mul_(wide[torch.arange(start, min(stop, rows)) // size[0]]).to(dtype)
 
     return LazyTensor(weight.shape, dtype, read, weight.nbytes + scale.nbytes, stored_as=f"fp8-{size[0]}x{size[1]}" if block else "fp8-tensor")

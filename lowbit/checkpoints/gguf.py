@@ -104,7 +104,7 @@ def _open_other(header: Header, name: str, metadata: Mapping) -> Checkpoint:
 def _config(header: Header, arch: Arch, metadata: Mapping) -> dict:
     factors = [header.tensors[name] for name in ROPE_TENSORS if name in header.tensors]
     if odd := next((info for info in factors if info.type_id or len(info.shape) != 1), None):
-        raise CheckpointError(f"{header.path}: {odd.name} is {list(odd.shape)} of type {STORED_TYPES[odd.type_id].name}; expected a vector of F32.")
+        raise CheckpointError(f"{header.path}: {odd.name} is {list(odd.shape)} of type {STORED_TYPES[odd.type_id].name}; expected a vector of f32.")
     rope_data = {info.name: _dense(info).load() for info in factors}
     rows = header.tensors["token_embd.weight"].shape[0]
     try:

@@ -203,7 +203,7 @@ def _layout(section: dict, method: str, path: Path) -> str:
 
 def _open_module(module: str, tensors: Mapping[str, LazyTensor], section: dict, layout: str, config: dict, path: Path) -> LazyQuantized:
     bits, size, symmetric = section.get("bits"), section.get("group_size", -1), section.get("sym", layout != AWQ)
-    if layout == AWQ and "zero_point" in section:
+    if layout == AWQ and "zero_point" in section and "sym" not in section:  # what is stored are zero-points in any case
         symmetric = not section["zero_point"] if type(section["zero_point"]) is bool else section["zero_point"]
     if type(bits) is not int or bits not in (BITS if layout != AWQ else (4,)) or type(size) is not int or (size < 1 and size != -1) or type(symmetric) is not bool:
         raise CheckpointError(f"{path}: {module}: bits {bits!r}, group_size {size!r}, symmetric {symmetric!r}; expected 2, 3, 4 or 8 bits (AWQ: 4) and a group_size of -1 or more than 0.")

@@ -372,12 +372,19 @@ def write_packed(
     _write_side_files(checkpoint, folder, section)
 
 
+def require_quantized(checkpoint: Checkpoint, target: str) -> None:
+    """RecipeError where nothing is quantized, for layouts that say of every linear layer that it is."""
+    if not checkpoint.quantized:
+        raise RecipeError(f"{target} says of all linear layers that they are quantized, and nothing in this checkpoint is. Quantize it first, or use --to safetensors.")
+
+
 def one_scheme(checkpoint: Checkpoint, target: str) -> Scheme:
     """The scheme of all quantized matrices; RecipeError where there are several, for layouts that hold one."""
+    require_quantized(checkpoint, target)
     schemes = {entry.scheme for entry in checkpoint.quantized.values()}
     if len(schemes) != 1:
         names = ", ".join(sorted(scheme.name for scheme in schemes))
-        raise RecipeError(f"{target} holds one scheme for all layers, and this has {len(schemes)}{f': {names}' if names else ''}. Use --to compressed-tensors or --to lowbit for mixtures.")
+        raise RecipeError(f"{target} holds one scheme for all layers, and this has {len(schemes)}: {names}. Use --to compressed-tensors or --to lowbit for mixtures.")
     return schemes.pop()
 
 

@@ -74,6 +74,7 @@ def _describe(scheme: Scheme, shape: tuple[int, int], dtype: str) -> dict:
 
 def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as a torchao folder; folder must exist and be empty. Raises as check does, before any work."""
+    safetensors.require_quantized(checkpoint, KIND)
     texts = {}
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
@@ -96,8 +97,10 @@ def _section(checkpoint: Checkpoint) -> dict:
     else:
         dtype = next(str(dtype).removeprefix("torch.") for dtype, name in FP8.items() if name == first.format)
         kind = {"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": dtype}}}
-    kept = safetensors.dense_linears(checkpoint)
-    return {"quant_method": KIND, "quant_type": {"default": kind}, "modules_to_not_convert": kept, "include_input_output_embeddings": False, "untie_embedding_weights": False}
+    return {
+        "quant_method": KIND, "quant_type": {"default": kind}, "modules_to_not_convert": safetensors.dense_linears(checkpoint), "include_input_output_embeddings": False,
+        "untie_embedding_weights": False,
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------ reading
@@ -172,8 +175,8 @@ def _open_weight(name: str, entry: dict, tensors: Mapping[str, LazyTensor], path
     else:
         zero = whole.load() if whole is not None else torch.zeros(1)  # one number a group, and nothing else says whether the scheme is symmetric
         symmetric = not bool(zero.any())
-        zero_dtype = "float" if zero.is_floating_point() else "int"
-        scheme = Scheme(bits=max(bits, 2) if symmetric or zero_dtype == "int" else bits, block=own_block, symmetric=symmetric, zero_dtype=zero_dtype, scale_dtype=scale_dtype)
+        fitted = zero.is_floating_point()
+        scheme = Scheme(bits=bits if fitted and not symmetric else max(bits, 2), block=own_block, symmetric=symmetric, zero_dtype="float" if fitted else "int", scale_dtype=scale_dtype)
 
     def load() -> QuantizedTensor:
         loaded = {part: lazy.load() for part, lazy in parts.items()}

@@ -207,8 +207,8 @@ def imatrix(
     if as_json:
         print_json({**asdict(made), "path": str(made.path)})
         return
-    cost = f"{made.seconds:.0f} s, peak memory {human(made.peak_memory_bytes)} (RssAnon)"
-    out.print(f"[bold]{plain(made.path)}[/]  {made.entries} matrices, {made.tokens:,} tokens, {cost}", highlight=False, soft_wrap=True)
+    spent = f"{made.seconds:.0f} s, peak memory {human(made.peak_memory_bytes)} (RssAnon)"
+    out.print(f"[bold]{plain(made.path)}[/]  {made.entries} matrices, {made.tokens:,} tokens, {spent}", highlight=False, soft_wrap=True)
     if made.unseen:
         out.print(f"  {made.unseen} matrices of experts were reached by no token; their inputs count the same.", style="dim", highlight=False, soft_wrap=True)
 

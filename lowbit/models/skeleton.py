@@ -196,7 +196,9 @@ def unstacked(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     tensors = dict(checkpoint.tensors)
     for name, module in model.named_modules():
         for parameter in ("gate_up_proj", "up_proj", "down_proj") if is_experts(module) and hasattr(module, "is_transposed") else ():
-            if stack := tensors.pop(f"{name}.{parameter}", None):
+            stack = tensors.get(f"{name}.{parameter}")
+            if stack is not None and len(stack.shape) == 3 and stack.shape[0] == module.num_experts:
+                del tensors[f"{name}.{parameter}"]
                 tensors |= {f"{name}.{parameter}.{e}.weight": _one_expert(stack, e, module.is_transposed) for e in range(stack.shape[0])}
     return checkpoint if tensors.keys() == checkpoint.tensors.keys() else replace(checkpoint, tensors=tensors)
 

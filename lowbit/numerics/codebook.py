@@ -53,7 +53,8 @@ def from_codes(codes: Tensor, absmax: Tensor, scheme: Scheme, dtype: str) -> Qua
 def dequantize(qt: QuantizedTensor) -> Tensor:
     """value(code) * absmax, float32 [out_features, in_features]."""
     values = table(qt.scheme.format, qt.parts["codes"].device)[qt.parts["codes"].view(-1).int()]
-    size, count = qt.scheme.block[1], values.numel()
+    count = values.numel()
+    size = min(qt.scheme.block[1], count)  # one block, however long it says it is
     padded = torch.nn.functional.pad(values, (0, -count % size)).view(-1, size)
     return (padded * absmax(qt).unsqueeze(1)).view(-1)[:count].view(qt.shape)
 
@@ -64,7 +65,7 @@ def absmax(qt: QuantizedTensor) -> Tensor:
         return qt.parts["absmax"].view(-1)
     codes = qt.parts["absmax_codes"]
     values = dynamic_table(codes.device)[codes.int()]
-    return values * qt.parts["nested_absmax"].repeat_interleave(qt.scheme.nested)[: len(codes)] + qt.parts["nested_offset"]
+    return values * qt.parts["nested_absmax"].repeat_interleave(min(qt.scheme.nested, len(codes)))[: len(codes)] + qt.parts["nested_offset"]
 
 
 def nest(absmax: Tensor, size: int) -> dict[str, Tensor]:

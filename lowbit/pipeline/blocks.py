@@ -125,8 +125,8 @@ def _run_without_data(setup: Setup, job: Job, first: int, peak: resources.PeakMe
             tensors: dict[str, QuantizedTensor] = {}
             records: dict[str, dict] = {}
             for linears in _one_layer(setup.linears[index], setup.importance):
-                group = InputGroup(linears, setup.importance.get(linears[0].name, LayerStats()))
-                made, record = quantize_group(block, group, setup.plans, _dtypes(setup, linears))
+                stats = setup.importance.get(linears[0].name, LayerStats())
+                made, record = quantize_group(block, InputGroup(linears, stats), setup.plans, _dtypes(setup, linears))
                 for name in record:
                     if (act := setup.plans[name].scheme.act) is not None:
                         record[name]["activation"] = activations.settle(act, None).to_dict()

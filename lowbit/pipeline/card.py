@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..checkpoints import Checkpoint, open_checkpoint
-from ..checkpoints.safetensors import write_text
+from ..checkpoints import Checkpoint, gguf, open_checkpoint
+from ..checkpoints.safetensors import read_text, write_text
+from ..errors import CheckpointError
 from ..scheme import CASTS
 from .consumers import Consumer, consumer_of
 from .evaluate import Comparison, Row
@@ -27,22 +28,33 @@ def card_path(output: Path, is_file: bool) -> Path:
 
 def write_card(output: Path, *, base: str, location: Path | None = None) -> None:
     """Write the card of what lies at output. base: the hub id of the original, or its name. location: where the card goes, if elsewhere."""
-    write_text(location or card_path(output, output.is_file()), render(open_checkpoint(output), base=base, in_folder=output.is_dir()))
+    write_text(location or card_path(output, output.is_file()), card_of(output, base=base))
+
+
+def card_of(path: Path, *, base: str) -> str:
+    """The card of a folder or a GGUF file (of any name); CheckpointError for a provenance that lowbit did not write."""
+    checkpoint = gguf.open_file(path) if path.is_file() else open_checkpoint(path)
+    try:
+        return render(checkpoint, base=base, in_folder=path.is_dir())
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: its provenance is not what lowbit writes ({type(error).__name__}: {error}).") from error
 
 
 def render(checkpoint: Checkpoint, *, base: str, in_folder: bool) -> str:
     """The card as Markdown with YAML metadata; the same for the same checkpoint, wherever it lies (NAME stands for its place, until it is pushed). in_folder: NAME is a folder, not a file."""
     consumer, provenance = consumer_of(checkpoint), checkpoint.provenance
-    recipe = provenance.get("recipe") if isinstance(provenance.get("recipe"), dict) else {}
+    found = provenance.get("recipe")
+    recipe: dict = found if isinstance(found, dict) else {}
     on_hub = re.fullmatch(r"[\w][\w.-]*/[\w.-]+", base) is not None
     tags = ["lowbit", "quantized", *([OFFICIAL.get(checkpoint.kind, checkpoint.kind)] if checkpoint.quantized else [])]
     metadata = ["---", f"library_name: {LIBRARIES.get(checkpoint.kind, 'transformers')}", "pipeline_tag: text-generation"]
     metadata += [f"base_model: {base}", "base_model_relation: quantized"] if on_hub else []
     metadata += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]
     link = f"[{base}](https://huggingface.co/{base})" if on_hub else base
-    title = f"# {base.rpartition('/')[2]}{', ' + recipe['name'] if recipe.get('name') else ''}\n\n{link}, quantized with lowbit {provenance.get('lowbit', '')}.".replace(" .", ".")
+    title = f"# {', '.join(filter(None, (base.rpartition('/')[2], recipe.get('name'))))}\n\n{link}, quantized with {' '.join(filter(None, ('lowbit', provenance.get('lowbit'))))}."
+    loading = _loading(checkpoint, consumer, in_folder=in_folder)
     sections = [
-        "\n".join(metadata), title, _facts(checkpoint, recipe, provenance), _loading(checkpoint, consumer, in_folder=in_folder), f"{BEGIN}\n{_layer_errors(provenance)}\n{END}", _notes(provenance)
+        "\n".join(metadata), title, _facts(checkpoint, recipe, provenance), loading, f"{BEGIN}\n{_layer_errors(provenance)}\n{END}", _notes(provenance)
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -91,7 +103,7 @@ def write_measured(output: Path, table: str) -> Path:
     path = card_path(output, output.is_file())
     if not path.is_file():
         write_card(output, base=output.name)
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     new = f"{BEGIN}\n## What it lost\n\n{table}\n{END}"
@@ -114,7 +126,7 @@ def measured_table(comparison: Comparison, row: Row) -> str:
 def base_of(output: Path) -> str | None:
     """The base model that an output's card names, for a card that is written anew."""
     path = card_path(output, output.is_file())
-    found = re.search(r"^base_model: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else None
+    found = re.search(r"^base_model: (\S+)$", read_text(path), re.MULTILINE) if path.is_file() else None
     if found:
         return found[1]
     return None

@@ -53,8 +53,8 @@ class Conversion:
             return f"Rounded anew: {self.matrices} matrices, relative squared error {self.error:.3g} on top of what was lost before."
         if self.exact == self.matrices:
             return f"Lossless: all {self.matrices} matrices decode to the same values, bit for bit."
-        others = f"the others within the rounding of their minima to float16 (at most {self.largest_difference:.2g} of a matrix's largest)"
-        return f"{self.exact} of {self.matrices} matrices decode to the same values bit for bit, {others}."
+        rest = f"the others within the rounding of their minima to float16 (at most {self.largest_difference:.2g} of a matrix's largest)"
+        return f"{self.exact} of {self.matrices} matrices decode to the same values bit for bit, {rest}."
 
 
 def convert(

@@ -19,6 +19,7 @@ from .. import numerics
 from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
 from ..checkpoints.checkpoint import CHUNK_BYTES
+from ..checkpoints.safetensors import write_text
 from ..errors import JobError, RecipeError, ResourceError
 from ..models import skeleton as sk
 from ..models.linears import find_linears
@@ -27,7 +28,7 @@ from ..numerics.ggml import BLOCK_TYPES
 from ..progress import Progress
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
-from .card import write_card
+from .card import card_of, card_path
 from .job import temporary, work_folder
 from .recipes import LayerPlan
 from .resources import parse_size
@@ -56,22 +57,21 @@ def write(
     shard_bytes: int | None = None,
     whole: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it.
-
-    base: the original's name, for the card, which goes into an output folder or beside an output file. shard_bytes: see shard_bytes_of.
-    """
+    """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it. base: the original's name, for the card beside the weights."""
     kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
     if overwrite and old.exists() and not output.exists():  # an earlier run was killed between its last two steps
         os.replace(old, output)
     _delete(draft)
     draft.parent.mkdir(parents=True, exist_ok=True)
-    if not kind.suffix or shard_bytes is not None:
+    folder = not kind.suffix or shard_bytes is not None
+    if folder:
         draft.mkdir()
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
             kind.write(checkpoint, draft, shard_bytes=shard_bytes, progress=advance)
-            if draft.is_dir():
-                write_card(draft, base=base)
+            card = card_of(draft, base=base)
+            if folder:
+                write_text(card_path(draft, False), card)
         except BaseException:
             _delete(draft)
             raise
@@ -88,8 +88,8 @@ def write(
         raise
     if aside:
         _delete(old)
-    if output.is_file():
-        write_card(output, base=base)
+    if not folder:
+        write_text(card_path(output, True), card)
 
 
 def _delete(path: Path) -> None:
@@ -122,7 +122,7 @@ def as_stored_dense(checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
     made = {name: _turned(checkpoint, name) for name in names}
     members = {name: parameter for parameter, names in sk.stacks(skeleton).items() for name in names}
     for parameter, names in sk.stacks(skeleton).items():
-        made[parameter] = _stack(checkpoint, names, skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed)
+        made[parameter] = _stack(checkpoint, names, bool(skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed))
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in members}
     quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in made and name not in members}
     return replace(checkpoint, tensors={**tensors, **made}, quantized=quantized)

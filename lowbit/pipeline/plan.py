@@ -178,7 +178,7 @@ def _read(config: dict | str | Path) -> _Model:
     except ModelError as error:
         return _estimated(checkpoint, str(error))
     architecture, linears = type(skeleton.model).__name__, {linear.name: linear.shape for linear in found}
-    made = _Model(checkpoint.path.name, architecture, skeleton.text_config, checkpoint, skeleton.parameter_count(), linears, outside_matrices(skeleton), frozenset(skeleton.unused))
+    made = _Model(checkpoint.path.name, architecture, skeleton.text_config, skeleton.checkpoint, skeleton.parameter_count(), linears, outside_matrices(skeleton), frozenset(skeleton.unused))
     return replace(made, note=f"{architecture}'s Conv1D layers are written as GGUF or dense; no program reads them from compressed-tensors.") if found and found[0].transposed else made
 
 

@@ -100,8 +100,8 @@ def quantize(
                 if not job.written:
                     run(setup, windows, job, peak)
                     peak.look()
-                    made = _assemble(setup, windows, job, tokenizer)
-                    write(made, setup.recipe.target, output, progress, overwrite=overwrite, base=base_name(model, located), shard_bytes=shard_bytes, whole=job.finish)
+                    made, base = _assemble(setup, windows, job, tokenizer), base_name(model, located)
+                    write(made, setup.recipe.target, output, progress, overwrite=overwrite, base=base, shard_bytes=shard_bytes, whole=job.finish)
                 job.remove()
                 peak.look()
                 seconds = time.monotonic() - started

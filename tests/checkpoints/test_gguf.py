@@ -836,7 +836,7 @@ def test_llama_gguf_split_joins_them(llama, parts, tmp_path, llama_program):
 
 
 def _with_value(path: Path, key: str, kind: str, old: int, new: int) -> None:
-    data, value = path.read_bytes(), lambda number: gguf_container.pack_value("string", key)[4:] + gguf_container.pack_value(kind, number)
+    data, value = path.read_bytes(), lambda number: len(key.encode()).to_bytes(8, "little") + key.encode() + gguf_container.pack_value(kind, number)
     assert data.count(value(old)) == 1
     path.write_bytes(data.replace(value(old), value(new)))
 

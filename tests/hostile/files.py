@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from lowbit.checkpoints.gguf_container import Header, header_bytes, pack_value, read_header
 
@@ -261,6 +261,8 @@ FOLDERS = (
     Case("NaN in a matrix", weights(q=torch.full((64, 64), float("nan"))), "a damaged weight", f"{LINEARS[0]}: 4096 of 4096 values are NaN", late=True),
     Case("infinity in a norm", weights(norm=torch.full((64,), float("inf"))), "a damaged weight", f"{NORMS[2]}: 64 of 64 values are NaN", late=True),
     Case("NaN in the embedding", weights(embedding=torch.full((layouts.ROWS, 64), float("nan"))), "a damaged weight", "model.embed_tokens.weight: .* values are NaN", late=True),
+    Case("experts without end", lambda folder: _experts(folder, torch.empty(1 << 40, 0, 8)), "a stack of so many matrices, of no bytes", "gate_up_proj has shape .1099511627776, 0, 8.", late=True),
+    Case("experts that are no stack", lambda folder: _experts(folder, torch.tensor(1.0)), "a number where a stack is expected", "gate_up_proj has shape ..,", late=True),
     # provenance
     Case("provenance is no JSON", lambda folder: sound(folder, provenance="{"), "truncated JSON", "lowbit.json cannot be read as JSON"),
     Case("provenance is a list", lambda folder: sound(folder, provenance=[]), "JSON of another kind", "lowbit.json holds a JSON list"),
@@ -273,6 +275,16 @@ FOLDERS = (
     Case("activation of 10^12 bits", activation(format="fp8_e4m3", bits=10**12), "two to that power", "bits is 1000000000000; expected 2 to 8"),
     Case("activation of NaN", activation(threshold=float("nan")), "a comparison that is always false", "threshold is nan"),
 )  # fmt: skip
+
+
+def _experts(folder: Path, stack: torch.Tensor) -> Path:
+    """A small gpt-oss whose first stack of experts is another tensor."""
+    layouts.add_tokenizer(layouts.from_oracle(folder, "mxfp4", "gpt-oss"))
+    found = json.loads((folder / "config.json").read_text())
+    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "layers.0.mlp.experts.gate_up_proj_" not in name or name.endswith("bias")}
+    save_file({**tensors, "model.layers.0.mlp.experts.gate_up_proj": stack}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(found))
+    return folder
 
 
 def _through_a_link(folder: Path) -> Path:
@@ -457,8 +469,8 @@ GGUFS = (
     Case("tensor name with a path", replaced("../../x", 0, (2,), bytes(8)), "a name that might become a path", "'../../x' is not one of"),
     Case("embedding of three dimensions", replaced("token_embd.weight", 0, (2, 2, 2), bytes(32)), "a shape that is no matrix", "a matrix or a dense vector belongs there"),
     Case("norm of blocks", replaced("output_norm.weight", 2, (64,), bytes(36)), "a quantized vector", "a matrix or a dense vector belongs there"),
-    Case("matrix of integers", replaced("blk.0.attn_k.weight", 26, (64, 64), bytes(64 * 64 * 4)), "what no decoder knows", "gguf-py cannot decode", late=True),
-    Case("rope factors of two dimensions", replaced("rope_freqs.weight", 0, (4, 4), bytes(64)), "a shape that is no vector", "expected a vector of F32"),
+    Case("matrix of integers", replaced("blk.0.attn_k.weight", 26, (64, 64), bytes(64 * 64 * 4)), "what no decoder knows", "weights are floats or blocks of them"),
+    Case("rope factors of two dimensions", replaced("rope_freqs.weight", 0, (4, 4), bytes(64)), "a shape that is no vector", "expected a vector of f32"),
     Case("rope factors of zeros", replaced("rope_freqs.weight", 0, (8,), bytes(32)), "a division by zero", "a divisor of the rope is 0.0"),
     Case("rope factors of NaN", replaced("rope_freqs.weight", 0, (8,), b"\xff" * 32), "numbers that are none", "a divisor of the rope is nan"),
     Case("matrix missing", stored(lambda tensors: tensors.pop("blk.0.ffn_up.weight")), "a parameter that would be noise", "mlp.up_proj", late=True),

@@ -173,24 +173,26 @@ def fuzz_layouts(folder: Path, only: str | None = None) -> tuple[Run, Iterable[b
     def run(data: bytes) -> None:
         provider = atheris.FuzzedDataProvider(data)
         damaged = sound[provider.PickValueInList(names)]
-        tensors, config = dict(damaged.tensors), json.loads(json.dumps(damaged.config))
+        tensors, config, texts = dict(damaged.tensors), json.loads(json.dumps(damaged.config)), dict(damaged.metadata)
         for _ in range(provider.ConsumeIntInRange(1, 4)):
-            if provider.ConsumeBool():
+            action = provider.ConsumeIntInRange(0, 4)
+            if action < 2:
                 damage_tensor(tensors, provider)
-            else:
+            elif action < 4 or not damage_text(tensors, texts, provider):
                 damage_setting(config, provider)
-        use(damaged.write(tensors, config))
+        use(damaged.write(tensors, config, texts))
 
     return run, noise()
 
 
 def damage_tensor(tensors: dict, provider) -> None:
-    name = provider.PickValueInList(sorted(name for name in tensors if layouts.PACKED[0].removesuffix("weight") in name) or sorted(tensors))
+    name = provider.PickValueInList(sorted(layouts.module_of(tensors)) or sorted(tensors))
     tensor, action = tensors.pop(name), provider.ConsumeIntInRange(0, 5)
     if action == 0:
         return
     if action == 1:
-        name = name.rpartition(".")[0] + "." + provider.PickValueInList(["weight", "weight_scale", "qzeros", "g_idx", "SCB", "weight_packed", "weight_shape", "scales", "bias", ""])
+        name = name.rpartition(".")[0] + "."
+        name += provider.PickValueInList(["weight", "weight_scale", "qzeros", "g_idx", "SCB", "weight_packed", "weight_shape", "scales", "W_q", "codes", "scale", "bias", ""])
     elif action == 2:
         tensor = tensor.float().to(provider.PickValueInList(list(DTYPES)))
     elif action == 3:
@@ -203,6 +205,24 @@ def damage_tensor(tensors: dict, provider) -> None:
         flat[place : place + 1] = decoders.fill(flat[place : place + 1], provider.ConsumeBytes(8))
         tensor = flat.view(tensor.shape)
     tensors[name] = tensor
+
+
+def damage_text(tensors: dict, texts: dict, provider) -> bool:
+    """Damage JSON that stands in the header or in a tensor (torchao, bitsandbytes); False where there is none."""
+    states = {name: bytes(tensor.tolist()).decode(errors="replace") for name, tensor in tensors.items() if "quant_state" in name and tensor.dtype == torch.uint8 and tensor.ndim == 1}
+    found = {name: text for name, text in {**texts, **states}.items() if text[:1] in ("{", "[")}
+    if not found:
+        return False
+    name = provider.PickValueInList(sorted(found))
+    with contextlib.suppress(ValueError):
+        made = {"x": json.loads(found[name])}
+        damage_setting(made, provider)
+        text = json.dumps(made.get("x"))
+        if name in texts:
+            texts[name] = text
+        else:
+            tensors[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return True
 
 
 def damage_setting(data: dict, provider) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,6 +86,18 @@ def packed(folder: Path, target_name: str, scheme: Scheme) -> Path:
     return folder
 
 
+def from_oracle(folder: Path, name: str, variant: str) -> Path:
+    """A folder as another package wrote it, of tests/oracles."""
+    stored, prefix = Path(__file__).parents[1] / "oracles" / f"{name}.safetensors", f"{variant}.file."
+    with safe_open(stored, "pt") as file:
+        texts = json.loads(file.metadata()["texts"])[variant]
+        tensors = {key.removeprefix(prefix).removeprefix("shared."): file.get_tensor(key) for key in file.keys() if key.startswith((prefix, "shared."))}  # noqa: SIM118  (no mapping)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata=texts["metadata"])
+    (folder / "config.json").write_text(json.dumps(texts["config"]))
+    return folder
+
+
 def _ints(bits: int, *, symmetric: bool = True, block: tuple[int, int] = (1, 32), scale_dtype: str = "float16", act: Activation | None = None) -> Scheme:
     return Scheme(bits=bits, block=block, symmetric=symmetric, scale_dtype=scale_dtype, act=act)
 
@@ -109,9 +123,32 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
             ("bitsandbytes-nf4", "bitsandbytes", Scheme("nf4", 4, (1, 64), nested=256)),
             ("bitsandbytes-fp4", "bitsandbytes", Scheme("fp4", 4, (1, 64))),
             ("bitsandbytes-int8", "bitsandbytes", _ints(8, block=(1, -1), scale_dtype="float32", act=Activation(range="textbook", threshold=6.0))),
+            ("hqq-4", "hqq", replace(_ints(4, symmetric=False), zero_dtype="float")),
+            ("hqq-3-axis-0", "hqq", replace(_ints(3, symmetric=False, block=(32, 1)), zero_dtype="float")),
+            ("aqlm", "aqlm", numerics.scheme_of("aqlm_2x8")),
+            ("bitnet", "bitnet", replace(numerics.scheme_of("ternary"), act=Activation(range="textbook"))),
+            ("torchao-int", "torchao", _ints(4, symmetric=False)),
+            ("torchao-fp8", "torchao", numerics.scheme_of("fp8_e4m3")),
+            ("lowbit-int", "lowbit", replace(_ints(5, symmetric=False), outliers=2, outlier_bits=8)),
+            ("lowbit-nf4", "lowbit", Scheme("nf4", 4, (1, 64), nested=256)),
+            ("lowbit-e8p", "lowbit", numerics.scheme_of("e8p3")),
+            ("lowbit-ternary", "lowbit", numerics.scheme_of("ternary")),
+            ("lowbit-aqlm", "lowbit", numerics.scheme_of("aqlm_1x8")),
+            ("lowbit-mxfp6", "lowbit", numerics.scheme_of("mxfp6_e2m3", act=Activation("mxfp8_e4m3"))),
         )
     },
+    **{
+        f"{name}-{variant}": partial(from_oracle, name=name, variant=variant)
+        for name, variant in (("fp8", "blocks"), ("fp8", "tensor"), ("mxfp4", "gpt-oss"), ("bitnet", "bitlinear"), ("torchao", "weights"))
+    },
 }
+
+
+def module_of(tensors: dict[str, Tensor]) -> list[str]:
+    """The tensors of one quantized matrix (or stack of them)."""
+    return [name for name in tensors if name.startswith(PACKED[0].removesuffix("weight"))] if "model.layers.0.mlp.experts.down_proj_blocks" not in tensors else [
+        name for name in tensors if name.startswith("model.layers.0.mlp.experts.down_proj")
+    ]  # fmt: skip
 
 
 def gguf_file(path: Path, format_name: str = "q4_0") -> Path:
@@ -143,12 +180,16 @@ class Damaged:
         folder.mkdir()
         for file in sound.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-        self.tensors = load_file(sound / "model.safetensors")
+        (self.weights,) = folder.glob("*.safetensors")
+        self.tensors = load_file(self.weights)
+        with safe_open(self.weights, "pt") as file:
+            self.metadata = file.metadata() or {}
         self.config = json.loads((sound / "config.json").read_text())
 
-    def write(self, tensors: dict[str, Tensor] | None = None, config: dict | None = None) -> Path:
-        """The folder with these tensors and this config; what is not given is sound."""
-        save_file({name: t.contiguous() for name, t in (self.tensors if tensors is None else tensors).items()}, self.folder / "model.safetensors", metadata={"format": "pt"})
+    def write(self, tensors: dict[str, Tensor] | None = None, config: dict | None = None, metadata: dict[str, str] | None = None) -> Path:
+        """The folder with these tensors, config and texts of the header; what is not given is sound."""
+        made = {name: tensor.contiguous() for name, tensor in (self.tensors if tensors is None else tensors).items()}
+        save_file(made, self.weights, metadata=self.metadata if metadata is None else metadata)
         return self.write_config(self.config if config is None else config)
 
     def write_config(self, config: dict) -> Path:

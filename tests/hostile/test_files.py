@@ -17,6 +17,7 @@ from lowbit.pipeline.evaluate import evaluate
 from lowbit.pipeline.inspect import inspect, tensor_histogram
 from lowbit.pipeline.plan import plan
 from lowbit.pipeline.quantize import quantize
+from lowbit.pipeline.verify import verify
 
 CASES = [*((f"folder: {case.name}", case) for case in files.FOLDERS), *((f"gguf: {case.name}", case) for case in files.GGUFS)]
 LATE = [(name, case) for name, case in CASES if case.late]
@@ -95,6 +96,15 @@ def test_evaluate(case, make, bounded, tmp_path, text_file):
     path, before = make(case)
     with bounded(), pytest.raises(LowbitError) as caught:
         evaluate(path, text=text_file, ctx=16, n_windows=1)
+    check(str(caught.value), case)
+    assert listing(tmp_path) == before
+
+
+@table(LATE)
+def test_verify(case, make, bounded, tmp_path):
+    path, before = make(case)
+    with bounded(), pytest.raises(LowbitError) as caught:
+        verify(path)
     check(str(caught.value), case)
     assert listing(tmp_path) == before
 
@@ -191,4 +201,4 @@ def test_layouts_are_listed():
     """Each reader has a layout here; a new one needs a maker in layouts.py."""
     from lowbit.checkpoints import READERS
 
-    assert {name.partition("-")[0] for name in READERS} <= {name.partition("-")[0] for name in layouts.FOLDERS} | {"compressed"}
+    assert {name.partition("-")[0] for name in READERS} <= {name.partition("-")[0] for name in layouts.FOLDERS} | {"compressed", "fp8"}  # damaged FP8 folders: checkpoints/test_peers.py

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 from hostile import files, layouts
-from hostile.files import PROVENANCE, RECIPE, SHAPES, toml
+from hostile.files import PROVENANCE, RECIPE, RECORD, SHAPES, toml
 from hostile.layouts import ROWS, damaged_values
 
 from lowbit.checkpoints import gguf, gguf_tokenizer, open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.pipeline import recipes
+from lowbit.pipeline.card import card_of
+from lowbit.pipeline.convert import convert
 from lowbit.pipeline.evaluate import evaluate
 from lowbit.pipeline.locate import load_tokenizer
 from lowbit.report.model import model_section
@@ -160,7 +162,27 @@ def test_every_value_of_a_provenance(folder, bounded, text_file):
         try:
             with bounded():
                 row = replace(row, provenance=open_checkpoint(folder).provenance)
-                drawn += "<details" in str(model_section(row, is_open=True))
+                drawn += "<details" in str(model_section(row, is_open=True)) and "library_name: " in card_of(folder, base="x")
         except LowbitError:
             refused.add(what)
     assert drawn > 5 and {"layers = 'x'", "recipe = -1"} <= refused
+
+
+def test_markup_in_a_provenance(folder, text_file):
+    """What a report shows of it is text."""
+    words = "<script>alert(1)</script>"
+    (folder / "lowbit.json").write_text(json.dumps({**PROVENANCE, "notes": [words], "recipe": {"name": words}, "layers": {f"model.layers.0.{words}.weight": {**RECORD, "notes": [words]}}}))
+    row = evaluate(folder, text=text_file, ctx=16, n_windows=1).rows[0]
+    assert words not in str(model_section(row, is_open=True)) and "&lt;script&gt;" in str(model_section(row, is_open=True))
+
+
+def test_a_card_that_is_no_text(folder, tmp_path):
+    """convert looks into README.md for the name of the original."""
+    (folder / "README.md").write_bytes(b"base_model: \xff")
+    with pytest.raises(LowbitError, match="README.md cannot be read as UTF-8"):
+        convert(folder, "safetensors", tmp_path / "out")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("/etc/hostname")
+    with pytest.raises(LowbitError, match="leads out of the folder"):
+        convert(folder, "safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

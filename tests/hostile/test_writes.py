@@ -13,6 +13,7 @@ from lowbit.checkpoints.checkpoint import LazyTensor
 from lowbit.checkpoints.safetensors import ShardWriter, copy_files, write_folder
 from lowbit.errors import LowbitError
 from lowbit.pipeline.convert import convert
+from lowbit.pipeline.push import push
 
 # Runs in a child process: SIGKILL before the n-th call of owner.name.
 PRELUDE = """
@@ -22,6 +23,7 @@ import lowbit.checkpoints.gguf as gguf
 import lowbit.checkpoints.safetensors as st
 import lowbit.pipeline.output as output
 from lowbit.pipeline.convert import convert
+from lowbit.pipeline.push import push
 
 def die_at(owner, name, number):
     original, count = getattr(owner, name), [0]
@@ -31,6 +33,14 @@ def die_at(owner, name, number):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
     setattr(owner, name, patched)
+
+def die_at_the_name():
+    original = os.replace
+    def patched(source, destination):
+        if str(destination) == out:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(source, destination)
+    os.replace = patched
 """
 CONVERT = "\nconvert(model, target, out, overwrite=overwrite)\n"
 POINTS = {
@@ -41,7 +51,8 @@ POINTS = {
     "the first name inside": "die_at(st.os, 'replace', 1)",
     "config.json": "die_at(st, 'write_text', 1); die_at(gguf.os, 'replace', 1)",
     "the tokenizer": "die_at(shutil, 'copyfile', 1); die_at(gguf.os, 'fsync', 1)",
-    "the last name but one": "die_at(output.os, 'replace', {last})",
+    "the card": "die_at(output, 'write_text', 1)",
+    "its name": "die_at_the_name()",
 }
 
 
@@ -66,29 +77,30 @@ def test_killed_anywhere(target, point, existing, models, fork_server, tmp_path)
     if existing:
         convert(models[target], target, out)
         before = {path: path.read_bytes() for path in (out.rglob("*") if out.is_dir() else [out])}
-    last = {"safetensors": 4, "compressed-tensors": 4, "gguf": 2}[target] + (existing and target != "gguf")
-    answer = fork_server.run(PRELUDE + POINTS[point].replace("{last}", str(last)) + CONVERT, model=models[target], target=target, out=out, overwrite=existing)
+    answer = fork_server.run(PRELUDE + POINTS[point] + CONVERT, model=models[target], target=target, out=out, overwrite=existing)
     assert answer["status"] == -signal.SIGKILL, answer["output"]
-    if existing and point == "the last name but one" and target != "gguf":  # between two renames: the older result is whole beside the newer one
+    if existing and point == "its name" and target != "gguf":  # between two renames: the older result is whole beside the newer one
         assert not out.exists() and open_checkpoint(tmp_path / "out.old").shapes() == open_checkpoint(tmp_path / "out.tmp").shapes()
         out = tmp_path / "out.old"
         before = {out / path.name: data for path, data in before.items()}
     if existing:
         assert {path: path.read_bytes() for path in before} == before
+    elif target == "gguf" and point == "the card":  # which is written last
+        assert open_checkpoint(out).shapes()
     else:
         assert not out.exists()
-        assert looks_whole(tmp_path) == [] or point == "the last name but one"  # all of it is there then, under a temporary name
+        assert looks_whole(tmp_path) == [] or point in ("the card", "its name")  # all of it is there then, under a temporary name
     again = tmp_path / f"out{TARGETS[target].suffix}"
     convert(models[target], target, again, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [again.name] and open_checkpoint(again).shapes()
+    assert {path.name for path in tmp_path.iterdir()} - {f"{again.name}.README.md"} == {again.name} and open_checkpoint(again).shapes()
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_failing_anywhere(target, tmp_path):
     """An error at the n-th tensor: the older output is as it was, and nothing else is left."""
     source = files.sound(tmp_path / "model") if (tmp_path / "model").mkdir() is None else None
-    scheme = {"gguf": "q4_0", "awq": "awq", "bitsandbytes": "bitsandbytes-nf4", "auto-round": "auto-round", "gptq": "gptq-v1"}.get(target)
-    model = layouts.FOLDERS[scheme](tmp_path / "packed") if scheme in layouts.FOLDERS else source
+    own = {"awq": "awq", "bitsandbytes": "bitsandbytes-nf4", "auto-round": "auto-round", "gptq": "gptq-v1", "hqq": "hqq-4", "aqlm": "aqlm", "bitnet": "bitnet", "torchao": "torchao-int"}
+    model = layouts.FOLDERS[own[target]](tmp_path / "packed") if target in own else source
     out = tmp_path / f"out{TARGETS[target].suffix}"
     out.write_bytes(b"older") if out.suffix else (out.mkdir(), (out / "older").write_bytes(b"older"))
     checkpoint = open_checkpoint(model)
@@ -99,7 +111,7 @@ def test_failing_anywhere(target, tmp_path):
         name = list(checkpoint.tensors)[number]
         broken = replace(checkpoint, tensors={**checkpoint.tensors, name: replace(checkpoint.tensors[name], read=lambda start, stop: 1 / 0)})
         with pytest.raises(ZeroDivisionError):
-            write(broken, target, out, SILENT, overwrite=True)
+            write(broken, target, out, SILENT, overwrite=True, base="x")
         assert (out if out.suffix else out / "older").read_bytes() == b"older"
         assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("out")) == [out.name]
 
@@ -160,12 +172,24 @@ def test_files_beside_the_weights_are_copied_by_content(tmp_path):
     (model / "tokenizer.json").rename(model / "real.json")
     (model / "tokenizer.json").symlink_to("real.json")  # inside of the folder: allowed
     (model / "evil.py").write_text("raise SystemExit")
-    out = convert(model, "safetensors", tmp_path / "out")
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "lowbit.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    out = convert(model, "safetensors", tmp_path / "out").path
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "lowbit.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert not (out / "tokenizer.json").is_symlink() and json.loads((out / "tokenizer.json").read_text()) == layouts.tokenizer()
     (tmp_path / "to").mkdir()
     copy_files([model / "tokenizer.json"], tmp_path / "to")
     assert (tmp_path / "to" / "tokenizer.json").is_file() and not (tmp_path / "to" / "tokenizer.json").is_symlink()
+
+
+def test_a_link_is_not_pushed(tmp_path):
+    """What is uploaded is what lies in the folder, and no secret that a link leads to."""
+    (tmp_path / "model").mkdir()
+    model = files.sound(tmp_path / "model")
+    (tmp_path / "secret").write_text("key")
+    (model / "notes.txt").symlink_to("../secret")
+    with pytest.raises(LowbitError, match="leads out of the folder"):
+        push(model, "a/b", dry_run=True)
+    (model / "notes.txt").unlink()
+    assert "config.json" in {name for name, _, _ in push(model, "a/b", dry_run=True).files}
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path):
