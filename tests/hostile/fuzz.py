@@ -162,6 +162,7 @@ VALUES = (
     *layouts.ABSURD, True, False, 0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 1.5, float("nan"), "int", "float", "group", "tensor", "channel", "token", "tensor_group", "nf4", "fp4", "gptq", "awq",
     [1], {"a": 1},
 )  # fmt: skip
+PARTS = ("weight", "weight_scale", "qzeros", "g_idx", "SCB", "weight_packed", "weight_shape", "scales", "W_q", "codes", "scale", "bias", "")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn)
 
 
@@ -191,7 +192,7 @@ def damage_tensor(tensors: dict, provider) -> None:
     if action == 0:
         return
     if action == 1:
-        name = name.rpartition(".")[0] + "." + provider.PickValueInList(["weight", "weight_scale", "qzeros", "g_idx", "SCB", "weight_packed", "weight_shape", "scales", "W_q", "codes", "scale", "bias", ""])
+        name = name.rpartition(".")[0] + "." + provider.PickValueInList(list(PARTS))
     elif action == 2:
         tensor = tensor.float().to(provider.PickValueInList(list(DTYPES)))
     elif action == 3:
