@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .pipeline.convert import convert
     from .pipeline.evaluate import compare, evaluate
+    from .pipeline.imatrix import imatrix
     from .pipeline.load import load
     from .pipeline.plan import plan
     from .pipeline.quantize import quantize
@@ -28,6 +29,7 @@ _PUBLIC = {
     "convert": "pipeline.convert",
     "evaluate": "pipeline.evaluate",
     "compare": "pipeline.evaluate",
+    "imatrix": "pipeline.imatrix",
     "plan": "pipeline.plan",
     "load": "pipeline.load",
     "Scheme": "scheme",
@@ -35,7 +37,7 @@ _PUBLIC = {
     "LowbitError": "errors",
 }
 
-__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "load", "open", "plan", "quantize"]
+__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "imatrix", "load", "open", "plan", "quantize"]
 
 
 def open(path):

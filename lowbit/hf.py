@@ -27,7 +27,8 @@ class LowbitConfig(QuantizationConfigMixin):
     """The section of config.json, as own.section writes it."""
 
     def __init__(self, version: int = own.VERSION, schemes: list | None = None, weights: dict | None = None, **_: Any) -> None:
-        self.quant_method, self.version, self.schemes, self.weights = own.KIND, version, schemes or [], weights or {}
+        self.quant_method: Any = own.KIND  # type: ignore[assignment]  # of a method of our own; the library's enum has its own ones
+        self.version, self.schemes, self.weights = version, schemes or [], weights or {}
 
 
 @register_quantizer(own.KIND)

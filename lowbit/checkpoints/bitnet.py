@@ -57,8 +57,9 @@ def decode(packed: Tensor, scale: Tensor, scheme: Scheme, dtype: str) -> Quantiz
     return QuantizedTensor(scheme, (len(codes), codes.shape[1]), dtype, {"codes": codes, "scale": scale.reshape(1, 1)})
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as a BitNet folder; folder must exist and be empty. Raises as check does, before any work."""
+    safetensors.require_quantized(checkpoint, KIND)
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
     biases = any(f"{name.removesuffix('weight')}bias" in checkpoint.tensors for name in checkpoint.quantized)
@@ -66,8 +67,11 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
     def stored(name: str) -> dict[str, Tensor]:
         return {f"{name.removesuffix('weight')}{part}": value for part, value in encode(checkpoint.quantized[name].load(), biases).items()}
 
-    section = {"quant_method": KIND, "linear_class": "bitlinear" if biases else "autobitlinear", "quantization_mode": "offline", "modules_to_not_convert": ["lm_head"], "use_rms_norm": False, "rms_norm_eps": 1e-6}
-    safetensors.write_packed(checkpoint, folder, stored, section, entries=2, progress=progress)
+    section = {
+        "quant_method": KIND, "linear_class": "bitlinear" if biases else "autobitlinear", "quantization_mode": "offline", "modules_to_not_convert": ["lm_head"], "use_rms_norm": False,
+        "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    safetensors.write_packed(checkpoint, folder, stored, section, entries=2, shard_bytes=shard_bytes, progress=progress)
 
 
 def open_folder(path: Path) -> Checkpoint:
@@ -91,7 +95,7 @@ def open_folder(path: Path) -> Checkpoint:
 
 def _open_module(module: str, tensors: dict[str, LazyTensor], inverse: bool, config: dict, path: Path) -> LazyQuantized:
     packed, scale = tensors.get(f"{module}.weight"), tensors[f"{module}.weight_scale"]
-    if packed is None or packed.dtype != torch.uint8 or len(packed.shape) != 2 or 0 in packed.shape or scale.numel != 1 or scale.dtype not in FLOATS:
+    if packed is None or packed.dtype != torch.uint8 or len(packed.shape) != 2 or 0 in packed.shape or scale.shape not in ((), (1,)) or scale.dtype not in FLOATS:
         found = "missing" if packed is None else f"{packed.dtype} {list(packed.shape)}"
         raise CheckpointError(f"{path}: {module}.weight is {found} and its weight_scale {scale.dtype} {list(scale.shape)}; expected uint8 [N / 4, K] and one number.")
     scale_dtype = "float32" if inverse else FLOATS[scale.dtype]  # an inverse is no number of the stored dtype

@@ -53,13 +53,15 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     numerics.check_shape(scheme, shape, name=layer)
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as a bitsandbytes folder; folder must exist and be empty. Raises as check does, before any work."""
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
     scheme = safetensors.one_scheme(checkpoint, KIND)
     encode = _encode8 if scheme.format == INT else _encode4
-    safetensors.write_packed(checkpoint, folder, lambda name: encode(checkpoint.quantized[name].load(), name.removesuffix(".weight")), _section(scheme, safetensors.dense_linears(checkpoint)), entries=6, progress=progress)
+    stored = lambda name: encode(checkpoint.quantized[name].load(), name.removesuffix(".weight"))
+    section = _section(scheme, safetensors.dense_linears(checkpoint))
+    safetensors.write_packed(checkpoint, folder, stored, section, entries=6, shard_bytes=shard_bytes, progress=progress)
 
 
 def _section(scheme: Scheme, dense: list[str]) -> dict:

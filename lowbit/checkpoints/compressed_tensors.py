@@ -82,7 +82,7 @@ def check(scheme: Scheme, shape: tuple[int, ...], name: str) -> None:
     )
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as a compressed-tensors folder; casts become dense weights.
 
     folder must exist and be empty. Tensors are streamed one by one, by name in natural order. progress is told the bytes of each
@@ -92,7 +92,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
         if not name.endswith(".weight"):
             raise CheckpointError(f"{name}: compressed-tensors quantizes weights of linears, whose names end in .weight.")
         check(entry.scheme, entry.shape, name)
-    safetensors.write_packed(checkpoint, folder, lambda name: _stored(checkpoint, name), quantization_config(checkpoint), entries=len(_PARTS), progress=progress)
+    safetensors.write_packed(checkpoint, folder, lambda name: _stored(checkpoint, name), quantization_config(checkpoint), entries=len(_PARTS), shard_bytes=shard_bytes, progress=progress)
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Models published in fine-grained FP8 (quant_method "fp8": DeepSeek-V3, Qwen3-FP8 and others), read as dense weights.
 
     X.weight             float8_e4m3fn [N, K]
-    X.weight_scale_inv   float32 (also bfloat16, E8M0, or E8M0 as uint8) [ceil(N / r), ceil(K / c)], blocks of weight_block_size [r, c]; without it one number. Despite its name a factor: w = q * scale_inv
+    X.weight_scale_inv   float32 (also bfloat16, E8M0, or E8M0 as uint8) [ceil(N / r), ceil(K / c)], blocks of weight_block_size [r, c]; without it one number.
+                         Despite its name a factor: w = q * scale_inv
     X.activation_scale   of static activations; not used: weights are what is read, inputs stay as they are (as transformers does without a GPU)
 
 A block at the end of a side that its size does not divide is shorter. Decoding is in float32, then rounded to the dtype of config.json, as transformers does it.

@@ -6,12 +6,9 @@ The container is in gguf_container.py, the names and keys of each architecture i
 from __future__ import annotations
 
 import json
-import math
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from ..tensor import QuantizedTensor, matrix_shape
 from . import gguf_arch, gguf_mixtures, gguf_other, gguf_tokenizer, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .gguf_arch import ROPE_TENSORS, Arch, Place
-from .gguf_container import STORED_TYPES, Header, Metadata, TensorInfo, decode_value, header_bytes, pack_value, read_header
+from .gguf_container import STORED_TYPES, Header, Metadata, Planned, TensorInfo, pack_value, read_header, write_file, write_split
 
 __all__ = ["check", "fallback", "open_file", "read_header", "supported", "write", "write_tokenizer"]
 
@@ -81,7 +78,7 @@ def open_file(path: Path) -> Checkpoint:
                 quantized[name] = entry
             else:
                 tensors[name] = entry
-    return Checkpoint("gguf", path, config, tensors, quantized, provenance=_provenance(header))
+    return Checkpoint("gguf", header.path, config, tensors, quantized, provenance=_provenance(header))
 
 
 def _refuse_counts(header: Header, name: str) -> None:
@@ -243,23 +240,10 @@ def write_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
 # ------------------------------------------------------------------------------------------------------------------ writing
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """One tensor to write. load gives its bytes in pieces (one per expert of a stack)."""
-
-    name: str
-    type_id: int
-    shape: tuple[int, ...]
-    load: tuple[Callable[[], Tensor], ...]
-
-    @property
-    def nbytes(self) -> int:
-        kind = STORED_TYPES[self.type_id]
-        return math.prod(self.shape) // kind.block_size * kind.block_bytes
-
-
-def write(checkpoint: Checkpoint, path: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, path: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a model as a GGUF file that llama.cpp loads; tensor by tensor, to a temporary sibling that is renamed at the end.
+
+    shard_bytes: path is an empty folder then, and gets files model-00001-of-0000N.gguf of about that size; llama.cpp is given the first.
 
     Vectors, norms and routers become F32; other dense matrices keep their dtype; ggml blocks are written as they are; integers are
     packed into the block type of enough bits (see check). Quantized matrices are [out_features, in_features], also GPT-2's.
@@ -272,21 +256,13 @@ def write(checkpoint: Checkpoint, path: Path, *, progress: Callable[[int], None]
     config = checkpoint.config if source else gguf_arch.full_config(checkpoint.config)
     planned = _plan(checkpoint, arch, config, source)
     raw = _copied_metadata(source, planned, checkpoint.provenance) if source else _made_metadata(checkpoint, arch, config, planned)
+    raw |= _importance_metadata(checkpoint.provenance)
     if checkpoint.provenance:
         raw[PROVENANCE] = pack_value("string", json.dumps(checkpoint.provenance, sort_keys=True, ensure_ascii=False))
-    alignment = decode_value(raw["general.alignment"]) if "general.alignment" in raw else 32
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(header_bytes(raw, planned, alignment))
-            for tensor in planned:
-                _write_tensor(file, tensor, alignment)
-                progress(tensor.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if shard_bytes is None:
+        write_file(path, raw, planned, progress=progress)
+    else:
+        write_split(path, raw, planned, shard_bytes=shard_bytes, progress=progress)
 
 
 def supported(config: dict) -> None:
@@ -343,7 +319,7 @@ def fallback(type_name: str, in_features: int) -> str:
     return substitute if substitute and in_features % 32 == 0 else "float16"
 
 
-def _plan(checkpoint: Checkpoint, arch: Arch, config: Mapping, source: Header | None) -> list[_Planned]:
+def _plan(checkpoint: Checkpoint, arch: Arch, config: Mapping, source: Header | None) -> list[Planned]:
     groups: dict[str, list[tuple[Place, str]]] = {}
     tied = config.get("tie_word_embeddings", arch.tied)
     for name in (*checkpoint.tensors, *checkpoint.quantized):
@@ -363,12 +339,12 @@ def _rank(place: Place, order: Mapping[str, int]) -> tuple:
     return section, place.layer or 0, order[place.leaf]
 
 
-def _rope_plan(arch: Arch, config: Mapping, source: Header | None) -> list[_Planned]:
+def _rope_plan(arch: Arch, config: Mapping, source: Header | None) -> list[Planned]:
     if source:
         infos = [source.tensors[name] for name in ROPE_TENSORS if name in source.tensors]
-        return [_Planned(info.name, info.type_id, info.shape, (partial(_bytes, info, None, 0, len(info.rows)),)) for info in infos]
+        return [Planned(info.name, info.type_id, info.shape, (partial(_bytes, info, None, 0, len(info.rows)),)) for info in infos]
     tensors = gguf_arch.rope_tensors(arch, config)
-    return [_Planned(name, 0, tuple(tensor.shape), (tensor.contiguous,)) for name, tensor in tensors.items()]
+    return [Planned(name, 0, tuple(tensor.shape), (tensor.contiguous,)) for name, tensor in tensors.items()]
 
 
 def _check_complete(groups: Mapping[str, list], arch: Arch, config: Mapping) -> None:
@@ -384,11 +360,11 @@ def _check_complete(groups: Mapping[str, list], arch: Arch, config: Mapping) -> 
         raise CheckpointError(f"the checkpoint holds {surplus[0]}, and the config says {layers} layers. They do not belong together.")
 
 
-def _planned(checkpoint: Checkpoint, arch: Arch, config: Mapping, members: list[tuple[Place, str]]) -> _Planned:
+def _planned(checkpoint: Checkpoint, arch: Arch, config: Mapping, members: list[tuple[Place, str]]) -> Planned:
     first = members[0][0]
     if first.expert is None:
         type_id, shape, load = _piece(checkpoint, arch, config, *members[0])
-        return _Planned(first.name, type_id, shape, (load,))
+        return Planned(first.name, type_id, shape, (load,))
     members = sorted(members, key=lambda member: member[0].expert or 0)
     pieces = [_piece(checkpoint, arch, config, *member) for member in members]
     if [place.expert for place, _ in members] != list(range(_n_experts(config))):
@@ -396,7 +372,7 @@ def _planned(checkpoint: Checkpoint, arch: Arch, config: Mapping, members: list[
     if len({piece[:2] for piece in pieces}) != 1:
         raise CheckpointError(f"{members[0][1]} and the other experts of its layer differ in shape or type; GGUF stores them as one tensor. Give them one scheme.")
     type_id, shape, _ = pieces[0]
-    return _Planned(first.name, type_id, (len(pieces), *shape), tuple(piece[2] for piece in pieces))
+    return Planned(first.name, type_id, (len(pieces), *shape), tuple(piece[2] for piece in pieces))
 
 
 def _n_experts(config: Mapping) -> int:
@@ -457,7 +433,7 @@ def _per_block(values: Tensor, scheme: Scheme, rows: int, count: int) -> Tensor:
     return values.expand(rows, count).contiguous()
 
 
-def _made_metadata(checkpoint: Checkpoint, arch: Arch, config: dict, planned: list[_Planned]) -> dict[str, bytes]:
+def _made_metadata(checkpoint: Checkpoint, arch: Arch, config: dict, planned: list[Planned]) -> dict[str, bytes]:
     """The metadata of a model that comes with config.json and tokenizer files."""
     rows = next(tensor.shape[0] for tensor in planned if tensor.name == "token_embd.weight")
     values = {
@@ -478,7 +454,7 @@ def _made_metadata(checkpoint: Checkpoint, arch: Arch, config: dict, planned: li
     return raw
 
 
-def _copied_metadata(source: Header, planned: list[_Planned], provenance: Mapping) -> dict[str, bytes]:
+def _copied_metadata(source: Header, planned: list[Planned], provenance: Mapping) -> dict[str, bytes]:
     """The metadata of another GGUF, unchanged but for what describes the weights' types and the splitting of the file."""
     raw = {key: value for key, value in source.raw.items() if not key.startswith("split.") and key != PROVENANCE}
     if any(tensor.name not in source.tensors or source.tensors[tensor.name].type_id != tensor.type_id for tensor in planned):
@@ -487,7 +463,16 @@ def _copied_metadata(source: Header, planned: list[_Planned], provenance: Mappin
     return raw
 
 
-def _file_type(planned: list[_Planned], provenance: Mapping) -> int:
+def _importance_metadata(provenance: Mapping) -> dict[str, bytes]:
+    """What llama-quantize says of the importance matrix that was used."""
+    match provenance.get("imatrix"):
+        case {"file": str(file), "datasets": list(datasets), "entries": int(entries), "chunks": int(chunks)} if min(entries, chunks) >= 0:
+            values = {"file": ("string", file), "dataset": ("string", ", ".join(map(str, datasets))), "entries_count": ("u32", entries), "chunks_count": ("u32", chunks)}
+            return {f"quantize.imatrix.{key}": pack_value(kind, value) for key, (kind, value) in values.items()}
+    return {}
+
+
+def _file_type(planned: list[Planned], provenance: Mapping) -> int:
     """general.file_type of the mixture that was asked for, else of the type that most bytes of the layers' matrices have."""
     recipe = provenance.get("recipe")
     mixture = gguf_mixtures.MIXTURES.get(str(recipe.get("mixture"))) if isinstance(recipe, Mapping) else None
@@ -500,15 +485,3 @@ def _file_type(planned: list[_Planned], provenance: Mapping) -> int:
             sizes[names[tensor.type_id]] += tensor.nbytes
     pure, mixed = _FILE_TYPES[sizes.most_common(1)[0][0]]
     return pure if len(sizes) == 1 else mixed
-
-
-
-def _write_tensor(file, tensor: _Planned, alignment: int) -> None:
-    written = 0
-    for load in tensor.load:
-        data = load().contiguous().reshape(-1).view(torch.uint8).numpy()
-        file.write(data.data)
-        written += data.nbytes
-    if written != tensor.nbytes:
-        raise CheckpointError(f"{tensor.name}: {written:,} bytes were loaded and {tensor.nbytes:,} expected for {list(tensor.shape)}; the weight has another shape than announced.")
-    file.write(bytes(-written % alignment))

@@ -280,7 +280,10 @@ def find(config: dict) -> Arch:
     arch = None if not isinstance(model_type, str) else ARCHS.get(_ALIASES.get(model_type, model_type))
     if arch is None:
         known = ", ".join(sorted({*ARCHS, *_ALIASES}))
-        raise CheckpointError(f"model type {model_type!r} cannot be written as GGUF: llama.cpp's names for its tensors and settings are not in this version, which knows {known}. Use the target compressed-tensors or safetensors, or add it (docs/adding.md).")
+        raise CheckpointError(
+            f"model type {model_type!r} cannot be written as GGUF: llama.cpp's names for its tensors and settings are not in this version, which knows {known}. "
+            "Use the target compressed-tensors or safetensors, or add it (docs/adding.md)."
+        )
     return arch
 
 

@@ -5,6 +5,9 @@
     n_tensors times  string name, u32 n_dims, u64 dims (fastest first), u32 ggml type, u64 offset
     zeros up to general.alignment (32), then the tensors, each padded to it
 
+A model may lie in several files, NAME-00001-of-0000N.gguf: the first has the metadata, each says split.no (from 0), split.count and
+split.tensors.count (of all together).
+
 Files are memory-mapped; the header is checked against the file's size before anything is read by it. Metadata is kept as the bytes
 in the file and decoded when asked for, so that copying it changes nothing. Specification: ggml/docs/gguf.md.
 """
@@ -12,24 +15,29 @@ in the file and decoded when asked for, so that copying it changes nothing. Spec
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 from ..numerics.ggml import BLOCK_TYPES
 
 _MAGIC = b"GGUF"
+_PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
+_MOST_PARTS = 65_535  # split.count is u16
 HEADER_BYTES, STRINGS = 1 << 27, 1 << 22  # of a header and of an array in it; 260,000 tokens with 510,000 merges take 16 MB
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_TYPE_IDS = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
+_TYPE_IDS = {"u16": 2, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "string": _STRING}
 
 
 @dataclass(frozen=True)
@@ -49,22 +57,6 @@ STORED_TYPES: dict[int, StoredType] = {
 }  # fmt: skip
 
 
-class Stored(Protocol):
-    """What a header says of a tensor; shape in torch's order."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def type_id(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a file. shape: in torch's order. rows: its bytes, uint8 [first axis (or all rows of a stack), row bytes], memory-mapped."""
@@ -77,6 +69,21 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.rows.size
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor to write. shape: in torch's order. load gives its bytes in pieces (one per expert of a stack)."""
+
+    name: str
+    type_id: int
+    shape: tuple[int, ...]
+    load: tuple[Callable[[], Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        kind = STORED_TYPES[self.type_id]
+        return math.prod(self.shape) // kind.block_size * kind.block_bytes
 
 
 @dataclass(frozen=True)
@@ -116,17 +123,22 @@ class Metadata(Mapping):
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a GGUF file; the parts of a split file become one. Raises CheckpointError for a damaged file."""
-    match = re.fullmatch(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", path.name)
-    if not match:
+    """Read and check the header of a GGUF file; the parts of a split file become one, whichever is named. Raises CheckpointError for a damaged file."""
+    files = parts_of(path)
+    if not _PART.fullmatch(path.name):
         header = _read_part(path)
         if (header.get("split.count") or 1) != 1:
             raise CheckpointError(f"{path} is one part of {header.get('split.count')}; give the parts their names back (NAME-00001-of-0000N.gguf).")
         return header
-    if not 1 <= int(match[2]) <= int(match[3]):
-        raise CheckpointError(f"{path} calls itself part {int(match[2])} of {int(match[3])}. Give it its name back.")
-    parts = [_read_part(path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf")) for i in range(1, int(match[3]) + 1)]
+    if path not in files:
+        raise CheckpointError(f"{path}: there is no such part of {len(files)} files; the parts of a split GGUF are called NAME-00001-of-0000N.gguf, ..., NAME-0000N-of-0000N.gguf.")
+    parts = [_read_part(file) for file in files]
     tensors: dict[str, TensorInfo] = {}
+    for number, part in enumerate(parts):
+        for key, named in (("split.no", number), ("split.count", len(parts))):
+            said = part.get(key)
+            if said is not None and said != named and not (len(parts) == 1 and said == 0):
+                raise CheckpointError(f"{part.path}: {key} is {said!r}, and by its name it would be {named}. The parts do not belong together, or were renamed.")
     for part in parts:
         twice = tensors.keys() & part.tensors.keys()
         if twice:
@@ -136,6 +148,12 @@ def read_header(path: Path) -> Header:
     if expected is not None and expected != len(tensors):
         raise CheckpointError(f"{path}: the parts of the split file hold {len(tensors)} tensors together; the first one says {expected}.")
     return Header(parts[0].path, parts[0].raw, tensors)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model in GGUF, by any of them: path itself, or of a split one all parts in order (whether they are there or not)."""
+    match = _PART.fullmatch(path.name)
+    return [path] if not match else [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1)]
 
 
 def _read_part(path: Path) -> Header:
@@ -304,7 +322,54 @@ def pack_value(kind: str, value: Any) -> bytes:
     return struct.pack("<I" + _SCALARS[_TYPE_IDS[kind]], _TYPE_IDS[kind], value)
 
 
-def header_bytes(raw: Mapping[str, bytes], tensors: Sequence[Stored], alignment: int) -> bytes:
+def write_file(path: Path, raw: Mapping[str, bytes], tensors: Sequence[Planned], *, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Write a GGUF file, tensor by tensor, to a temporary sibling that is renamed at the end; raw: its metadata. progress is told the bytes of each tensor."""
+    alignment = decode_value(raw["general.alignment"]) if "general.alignment" in raw else 32
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(header_bytes(raw, tensors, alignment))
+            for tensor in tensors:
+                _write_tensor(file, tensor, alignment)
+                progress(tensor.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_split(folder: Path, raw: Mapping[str, bytes], tensors: Sequence[Planned], *, shard_bytes: int, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Write model-00001-of-0000N.gguf, ... into folder, each with at most shard_bytes of tensors, or with a single one that is larger; see write_file."""
+    parts: list[list[Planned]] = [[]]
+    room = shard_bytes
+    for tensor in tensors:
+        if parts[-1] and tensor.nbytes > room:
+            parts.append([])
+            room = shard_bytes
+        parts[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(parts) > _MOST_PARTS:
+        raise RecipeError(f"shards of {shard_bytes:,} bytes would be {len(parts):,} files, and a GGUF has at most {_MOST_PARTS:,}. Take a larger --max-shard-size.")
+    shared = {key: raw[key] for key in ("general.alignment",) if key in raw}
+    for number, part in enumerate(parts):
+        split = {"split.no": ("u16", number), "split.count": ("u16", len(parts)), "split.tensors.count": ("i32", len(tensors))}
+        values = {**(raw if number == 0 else shared), **{key: pack_value(kind, value) for key, (kind, value) in split.items()}}
+        write_file(folder / f"model-{number + 1:05d}-of-{len(parts):05d}.gguf", values, part, progress=progress)
+
+
+def _write_tensor(file, tensor: Planned, alignment: int) -> None:
+    written = 0
+    for load in tensor.load:
+        data = load().contiguous().reshape(-1).view(torch.uint8).numpy()
+        file.write(data.data)
+        written += data.nbytes
+    if written != tensor.nbytes:
+        raise CheckpointError(f"{tensor.name}: {written:,} bytes were loaded and {tensor.nbytes:,} expected for {list(tensor.shape)}; the weight has another shape than announced.")
+    file.write(bytes(-written % alignment))
+
+
+def header_bytes(raw: Mapping[str, bytes], tensors: Sequence[Planned], alignment: int) -> bytes:
     """Everything before the first tensor's bytes."""
     parts = [_MAGIC, struct.pack("<IQQ", 3, len(tensors), len(raw))]
     parts += [pack_value("string", key)[4:] + value for key, value in raw.items()]

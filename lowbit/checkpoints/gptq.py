@@ -117,7 +117,7 @@ def _awq(values: Tensor, order: tuple[int, ...]) -> Tensor:
 def write(kind: str) -> Callable[..., None]:
     """The writer of a target: "gptq", "awq" or "auto-round"."""
 
-    def run(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+    def run(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
         for name, entry in checkpoint.quantized.items():
             check(kind)(entry.scheme, entry.shape, name)
         scheme = safetensors.one_scheme(checkpoint, kind)
@@ -133,7 +133,7 @@ def write(kind: str) -> Callable[..., None]:
             parts = encode(qt, layout)
             return {f"{name.removesuffix('weight')}{part}": parts[part] for part in names}
 
-        safetensors.write_packed(checkpoint, folder, stored, section, entries=len(names), progress=progress)
+        safetensors.write_packed(checkpoint, folder, stored, section, entries=len(names), shard_bytes=shard_bytes, progress=progress)
         if kind == "gptq":  # GPTQModel's own copy of the section
             safetensors.write_text(folder / "quantize_config.json", json.dumps(section, indent=2) + "\n")
 

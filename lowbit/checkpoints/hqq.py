@@ -2,7 +2,8 @@
 
 Of a linear X [N, K] there is no X.weight but the state of one HQQLinear. With groups of g, axis 1: the matrix as [N K / g, g], a scale for each row; axis 0: as [g, N K / g], one for each column.
 
-    X.W_q          uint8 [R b / 8, C]      rows R of that matrix in slabs: with 4 bits row i in the high half and row i + R / 2 in the low half of byte row i, with 2 bits (1 bit) quarters (eighths), the first highest.
+    X.W_q          uint8 [R b / 8, C]      rows R of that matrix in slabs: with 4 bits row i in the high half and row i + R / 2 in the low half of byte row i, with 2 bits
+                                           (1 bit) quarters (eighths), the first highest.
                                            3 bits: int32 [ceil(R / 10), C], tenths of the rows, the first at bit 27, the last at bit 0
     X.scale        [R, 1] or [1, C]        w = (code - zero) scale, computed in their dtype
     X.zero         the same shape          any number
@@ -32,7 +33,6 @@ FLAGS = {
 TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
 PARTS = ("W_q", "scale", "zero", "nbits", "group_size", "axis", "shape", *TEXTS, *FLAGS)
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-LONGEST_TEXT = 64
 
 
 def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
@@ -98,15 +98,16 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], 
     return QuantizedTensor(scheme, shape, dtype, {"codes": codes, "scale": parts["scale"].reshape(side), "zero_point": parts["zero"].reshape(side)})
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as an HQQ folder; folder must exist and be empty. Raises as check does, before any work."""
+    safetensors.require_quantized(checkpoint, KIND)
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
 
     def stored(name: str) -> dict[str, Tensor]:
         return {f"{name.removesuffix('weight')}{part}": value for part, value in encode(checkpoint.quantized[name].load()).items()}
 
-    safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=len(PARTS), progress=progress)
+    safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=len(PARTS), shard_bytes=shard_bytes, progress=progress)
 
 
 def _section(checkpoint: Checkpoint) -> dict:
@@ -145,16 +146,20 @@ def open_folder(path: Path) -> Checkpoint:
 
 def _open_module(module: str, tensors: Mapping[str, LazyTensor], config: dict, path: Path) -> LazyQuantized:
     found = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors}
-    if missing := [part for part in ("scale", "zero", "nbits", "group_size", "axis", "shape", "packing") if part not in found]:
+    if missing := [part for part in PARTS if part not in found]:  # hqq itself asks for all of them
         raise CheckpointError(f"{path}: {module} has no {missing[0]}. The download is incomplete, or hqq wrote it without its encoded state.")
     bits, size, axis = (_number(found[part], f"{module}.{part}", path) for part in ("nbits", "group_size", "axis"))
     sides = found["shape"].load().tolist() if found["shape"].dtype == torch.int64 and found["shape"].shape == (2,) else []
     if len(sides) != 2 or not all(0 < side < 1 << 40 for side in sides) or bits not in PACKING or axis not in (0, 1) or not 0 < size <= sides[0] * sides[1]:
         raise CheckpointError(f"{path}: {module} has shape {sides}, {bits} bits, groups of {size} along axis {axis}; expected [N, K], 1, 2, 3, 4 or 8 bits and axis 0 or 1.")
     rows, columns = sides
-    if found["packing"].numel > LONGEST_TEXT or bytes(found["packing"].load().flatten().to(torch.uint8).tolist()) != PACKING[bits].encode():
-        raise CheckpointError(f"{path}: {module}.packing is not {PACKING[bits]}, which {bits} bits have.")
-    if flag := next((name for name in ("view_as_float", "quant_scale", "quant_zero") if name in found and _number(found[name], f"{module}.{name}", path)), None):
+    expected = (PACKING[bits], "torch.int32" if bits == 3 else "torch.uint8", str(found["scale"].dtype))
+    for part, text in zip(TEXTS, expected, strict=True):
+        lazy = found[part]
+        if len(lazy.shape) != 1 or lazy.dtype != torch.uint8 or lazy.numel != len(text) or bytes(lazy.load().tolist()) != text.encode():
+            raise CheckpointError(f"{path}: {module}.{part} is not {text!r} in ASCII codes, which {bits} bits with scales in {found['scale'].dtype} have.")
+    flags = {name: _number(found[name], f"{module}.{name}", path) for name in FLAGS}
+    if flag := next((name for name in ("view_as_float", "quant_scale", "quant_zero") if flags[name]), None):
         raise CheckpointError(f"{path}: {module} has {flag} set, which this version does not read.")
     if (columns if axis == 1 else rows * columns) % size:
         raise CheckpointError(f"{path}: {module}: groups of {size} along axis {axis} do not divide {[rows, columns]}, which this version does not read.")
@@ -164,7 +169,8 @@ def _open_module(module: str, tensors: Mapping[str, LazyTensor], config: dict, p
     side = (count, 1) if axis == 1 else (1, count)
     for part, shape, dtypes in (("W_q", (packed[0], width), (packed[1],)), ("scale", side, tuple(FLOATS)), ("zero", side, (found["scale"].dtype,))):
         if found[part].shape != shape or found[part].dtype not in dtypes:
-            raise CheckpointError(f"{path}: {module}.{part} is {found[part].dtype} {list(found[part].shape)}; {bits} bits of {[rows, columns]} in groups of {size} along axis {axis} need {dtypes[0]} {list(shape)}.")
+            needed = f"{bits} bits of {[rows, columns]} in groups of {size} along axis {axis} need {dtypes[0]} {list(shape)}"
+            raise CheckpointError(f"{path}: {module}.{part} is {found[part].dtype} {list(found[part].shape)}; {needed}.")
     block = (size, 1) if axis == 0 and size > 1 else (1, size if size < columns else -1)
     scheme = Scheme(bits=bits, block=block, symmetric=False, zero_dtype="float", scale_dtype=FLOATS[found["scale"].dtype])
     named = config.get("dtype") or config.get("torch_dtype")
@@ -180,6 +186,6 @@ def _open_module(module: str, tensors: Mapping[str, LazyTensor], config: dict, p
 
 
 def _number(lazy: LazyTensor, name: str, path: Path) -> int:
-    if lazy.numel != 1 or lazy.dtype not in (torch.int32, torch.int64, torch.uint8):
+    if lazy.shape != () or lazy.dtype not in (torch.int32, torch.int64, torch.uint8):
         raise CheckpointError(f"{path}: {name} is {lazy.dtype} {list(lazy.shape)}; expected one whole number (1.58 bits are not read).")
-    return int(lazy.load())
+    return int(lazy.load().reshape(()))

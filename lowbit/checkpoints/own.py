@@ -39,11 +39,11 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     numerics.check_shape(scheme, shape, name=name.removesuffix(".weight"))
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint in lowbit's own layout; folder must exist and be empty. Tensors are streamed by name in natural order."""
     if odd := next((name for name in checkpoint.quantized if not name.endswith(".weight")), None):
         raise CheckpointError(f"{odd}: quantized matrices are weights of modules, whose names end in .weight.")
-    safetensors.write_packed(checkpoint, folder, lambda name: _stored(checkpoint, name), section(checkpoint), entries=6, progress=progress, variant=KIND)
+    safetensors.write_packed(checkpoint, folder, lambda name: _stored(checkpoint, name), section(checkpoint), entries=6, shard_bytes=shard_bytes, progress=progress, variant=KIND)
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:

@@ -250,8 +250,8 @@ class ShardWriter:
     expect (an estimate; a full header only begins a new shard). Nothing has its final name before close(). Same tensors, same bytes.
     """
 
-    def __init__(self, folder: Path, *, entries: int, max_bytes: int = SHARD_BYTES, variant: str = "", metadata: Mapping[str, str] | None = None) -> None:
-        self.folder, self.max_bytes, self.variant = folder, max_bytes, variant
+    def __init__(self, folder: Path, *, entries: int, max_bytes: int | None = None, variant: str = "", metadata: Mapping[str, str] | None = None) -> None:
+        self.folder, self.max_bytes, self.variant = folder, SHARD_BYTES if max_bytes is None else max_bytes, variant
         self._metadata = {"format": "pt", **(metadata or {})}
         self._room = min(1 << 20, -(-(1024 + 256 * entries) // 8) * 8) + -(-len(json.dumps({"__metadata__": self._metadata})) // 8) * 8
         self._file: BinaryIO | None = None
@@ -356,6 +356,7 @@ def write_packed(
     section: dict | None,
     *,
     entries: int,
+    shard_bytes: int | None,
     progress: Callable[[int], None],
     variant: str = "",
     metadata: Mapping[str, str] | None = None,
@@ -364,19 +365,26 @@ def write_packed(
 
     Tensors are streamed by name in natural order.
     """
-    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized), variant=variant, metadata=metadata) as writer:
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized), max_bytes=shard_bytes, variant=variant, metadata=metadata) as writer:
         for name in sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key):
             for key, tensor in ({name: checkpoint.tensors[name]} if name in checkpoint.tensors else stored(name)).items():
                 progress(writer.add(key, tensor))
     _write_side_files(checkpoint, folder, section)
 
 
+def require_quantized(checkpoint: Checkpoint, target: str) -> None:
+    """RecipeError where nothing is quantized, for layouts that say of every linear layer that it is."""
+    if not checkpoint.quantized:
+        raise RecipeError(f"{target} says of all linear layers that they are quantized, and nothing in this checkpoint is. Quantize it first, or use --to safetensors.")
+
+
 def one_scheme(checkpoint: Checkpoint, target: str) -> Scheme:
     """The scheme of all quantized matrices; RecipeError where there are several, for layouts that hold one."""
+    require_quantized(checkpoint, target)
     schemes = {entry.scheme for entry in checkpoint.quantized.values()}
     if len(schemes) != 1:
         names = ", ".join(sorted(scheme.name for scheme in schemes))
-        raise RecipeError(f"{target} holds one scheme for all layers, and this has {len(schemes)}{f': {names}' if names else ''}. Use --to compressed-tensors or --to lowbit for mixtures.")
+        raise RecipeError(f"{target} holds one scheme for all layers, and this has {len(schemes)}: {names}. Use --to compressed-tensors or --to lowbit for mixtures.")
     return schemes.pop()
 
 
@@ -414,12 +422,12 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, section: dict | None
     write_text(folder / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
 
 
-def write_folder(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write_folder(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write every weight dense, as a plain Hugging Face folder that any program loads; quantized weights are decoded to their own dtype.
 
-    folder must exist and be empty. progress is told the bytes written by each step.
+    folder must exist and be empty. shard_bytes: of a file at most (None: SHARD_BYTES). progress is told the bytes written by each step.
     """
-    with ShardWriter(folder, entries=len(checkpoint.tensors) + len(checkpoint.quantized)) as writer:
+    with ShardWriter(folder, entries=len(checkpoint.tensors) + len(checkpoint.quantized), max_bytes=shard_bytes) as writer:
         for name in (*checkpoint.tensors, *checkpoint.quantized):
             progress(writer.add(name, checkpoint.lazy(name) if name in checkpoint.tensors else checkpoint.dense(name)))
     _write_side_files(checkpoint, folder, None)

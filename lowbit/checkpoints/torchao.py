@@ -72,8 +72,9 @@ def _describe(scheme: Scheme, shape: tuple[int, int], dtype: str) -> dict:
     return {"_type": FLOAT8, "_data": data, "_tensor_data_names": list(PARTS[:2])}
 
 
-def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a checkpoint as a torchao folder; folder must exist and be empty. Raises as check does, before any work."""
+    safetensors.require_quantized(checkpoint, KIND)
     texts = {}
     for name, entry in checkpoint.quantized.items():
         check(entry.scheme, entry.shape, name)
@@ -83,7 +84,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, progress: Callable[[int], Non
         return {f"{name.removesuffix('weight')}_weight_{part}": value for part, value in encode(checkpoint.quantized[name].load()).items()}
 
     metadata = {**texts, "tensor_names": json.dumps(sorted(texts, key=safetensors.natural_key))}
-    safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=3, progress=progress, metadata=metadata)
+    safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=3, shard_bytes=shard_bytes, progress=progress, metadata=metadata)
 
 
 def _section(checkpoint: Checkpoint) -> dict:
@@ -96,7 +97,10 @@ def _section(checkpoint: Checkpoint) -> dict:
     else:
         dtype = next(str(dtype).removeprefix("torch.") for dtype, name in FP8.items() if name == first.format)
         kind = {"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": dtype}}}
-    return {"quant_method": KIND, "quant_type": {"default": kind}, "modules_to_not_convert": safetensors.dense_linears(checkpoint), "include_input_output_embeddings": False, "untie_embedding_weights": False}
+    return {
+        "quant_method": KIND, "quant_type": {"default": kind}, "modules_to_not_convert": safetensors.dense_linears(checkpoint), "include_input_output_embeddings": False,
+        "untie_embedding_weights": False,
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------ reading
@@ -171,7 +175,8 @@ def _open_weight(name: str, entry: dict, tensors: Mapping[str, LazyTensor], path
     else:
         zero = whole.load() if whole is not None else torch.zeros(1)  # one number a group, and nothing else says whether the scheme is symmetric
         symmetric = not bool(zero.any())
-        scheme = Scheme(bits=max(bits, 2) if symmetric or not zero.is_floating_point() else bits, block=own_block, symmetric=symmetric, zero_dtype="float" if zero.is_floating_point() else "int", scale_dtype=scale_dtype)
+        fitted = zero.is_floating_point()
+        scheme = Scheme(bits=bits if fitted and not symmetric else max(bits, 2), block=own_block, symmetric=symmetric, zero_dtype="float" if fitted else "int", scale_dtype=scale_dtype)
 
     def load() -> QuantizedTensor:
         loaded = {part: lazy.load() for part, lazy in parts.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -29,6 +29,14 @@ Dtype = Annotated[str | None, typer.Option(help="Of the computation: bfloat16, f
 EvalDtype = Annotated[str | None, typer.Option("--dtype", help="Of the computation (default: float32).", show_default=False)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores).", min=1, show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output (only when the new one is whole).")]
+CalibrationText = Annotated[str | None, typer.Option("--calibration", help='Text: a .txt or .jsonl file, "default", "self" or "dataset:NAME".', show_default=False)]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows (default 128).", min=1, show_default=False)]
+Length = Annotated[int | None, typer.Option(help="Tokens per window (default 2048 or the model's limit).", min=2, show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a job that was stopped; the result has the same bytes.")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--max-shard-size", help="Of a file at most, such as 5GB (default: 4.5GB; of a GGUF: one file). A GGUF becomes a folder of several.", show_default=False),
+]
 Seed = Annotated[int, typer.Option(help="For everything that is drawn by chance.")]
 
 
@@ -84,14 +92,16 @@ def quantize(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A new folder, or a .gguf file (default: MODEL-RECIPE here).", show_default=False)] = None,
     recipe: Annotated[str | None, typer.Option(help='A preset, a .toml file or words joined by "-" such as int4-asym-g128-gptq; "list" shows what there is.', show_default=False)] = None,
     to: Annotated[str | None, typer.Option(help="compressed-tensors (default), gguf, gptq, awq, auto-round, bitsandbytes or safetensors (dense weights on the grid).", show_default=False)] = None,
-    calibration: Annotated[str | None, typer.Option(help='Text: a .txt or .jsonl file, "default", "self" or "dataset:NAME".', show_default=False)] = None,
-    n_samples: Annotated[int | None, typer.Option(help="Calibration windows (default 128).", min=1, show_default=False)] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per window (default 2048 or the model's limit).", min=2, show_default=False)] = None,
+    calibration: CalibrationText = None,
+    imatrix: Annotated[Path | None, typer.Option(help="An importance matrix of llama.cpp (.gguf or .dat) in place of calibration, for plain rounding.", show_default=False)] = None,
+    n_samples: Samples = None,
+    seq_len: Length = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a job that was stopped; the result has the same bytes.")] = False,
+    max_shard_size: Shard = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -105,11 +115,13 @@ def quantize(
 
       lowbit quantize ./model --recipe q4_0-gptq-guided --to gguf -o model-q4_0.gguf
 
+      lowbit quantize ./model --recipe q4_k_m --imatrix imatrix.gguf -o model-q4_k_m.gguf
+
       lowbit quantize ./model --recipe w8a8-smooth -o out8
 
       lowbit quantize --recipe list .
     """
-    from .console import BarProgress, err, out, plain, print_json
+    from .console import BarProgress, out, print_json
 
     if recipe == "list":
         _list_recipes()
@@ -120,17 +132,23 @@ def quantize(
     progress = BarProgress(quiet=as_json)
     try:
         result = run(
-            model, recipe, output, target_name=to, calibration=calibration, n_samples=n_samples, seq_len=seq_len,
-            device=device, dtype=dtype, seed=seed, resume=resume, overwrite=overwrite, progress=progress,
+            model, recipe, output, target_name=to, calibration=calibration, imatrix=imatrix, n_samples=n_samples, seq_len=seq_len,
+            device=device, dtype=dtype, seed=seed, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt:
-        again = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
-        err.print(f"\nStopped. What is done is kept; go on with:\n  lowbit {plain(again)}", highlight=False, soft_wrap=True)
-        sys.exit(130)
+        _stopped()
     if as_json:
         print_json({"path": str(result.path), "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes, **result.provenance})
         return
     _print_result(result, out)
+
+
+def _stopped() -> NoReturn:
+    from .console import err, plain
+
+    again = " ".join(sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"])
+    err.print(f"\nStopped. What is done is kept; go on with:\n  lowbit {plain(again)}", highlight=False, soft_wrap=True)
+    sys.exit(130)
 
 
 def _print_result(result, out) -> None:
@@ -147,6 +165,52 @@ def _print_result(result, out) -> None:
         out.print(f"  {plain(note)}", style="dim", highlight=False, soft_wrap=True)
     if len(notes) > 5:
         out.print(f"  ... and {len(notes) - 5} more notes in lowbit.json", style="dim", highlight=False)
+
+
+@app.command()
+def imatrix(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new .gguf file, or a .dat file for the older form.", show_default=False)],
+    calibration: CalibrationText = None,
+    n_samples: Samples = None,
+    seq_len: Length = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Collect an importance matrix, for quantize --imatrix and for llama-quantize --imatrix.
+
+    Examples:
+
+      lowbit imatrix ./model --calibration text.txt -o imatrix.gguf
+
+      lowbit imatrix ./model --calibration text.txt --seq-len 512 --n-samples 200 -o imatrix.dat
+    """
+    _prepare(threads)
+    from dataclasses import asdict
+
+    from ..pipeline.imatrix import imatrix as run
+    from ..pipeline.resources import human
+    from .console import BarProgress, out, plain, print_json
+
+    progress = BarProgress(quiet=as_json)
+    try:
+        made = run(
+            model, output, calibration=calibration, n_samples=n_samples, seq_len=seq_len, device=device, dtype=dtype, seed=seed, resume=resume, overwrite=overwrite, progress=progress
+        )
+    except KeyboardInterrupt:
+        _stopped()
+    if as_json:
+        print_json({**asdict(made), "path": str(made.path)})
+        return
+    spent = f"{made.seconds:.0f} s, peak memory {human(made.peak_memory_bytes)} (RssAnon)"
+    out.print(f"[bold]{plain(made.path)}[/]  {made.entries} matrices, {made.tokens:,} tokens, {spent}", highlight=False, soft_wrap=True)
+    if made.unseen:
+        out.print(f"  {made.unseen} matrices of experts were reached by no token; their inputs count the same.", style="dim", highlight=False, soft_wrap=True)
 
 
 def _list_recipes() -> None:
@@ -300,6 +364,7 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder or .gguf file.", show_default=False)],
     outside: Annotated[str | None, typer.Option(help="A ggml type or cast for embedding and head, e.g. q8_0 (default: kept).", show_default=False)] = None,
     requantize: Annotated[str | None, typer.Option(help="Round the decoded values anew by this recipe (no data), where codes cannot be kept, e.g. q4_k.", show_default=False)] = None,
+    max_shard_size: Shard = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -312,6 +377,8 @@ def convert(
       lowbit convert model-q4_0.gguf --to compressed-tensors -o out
 
       lowbit convert out --to gguf --requantize q4_k -o out.gguf
+
+      lowbit convert model.gguf --to gguf --max-shard-size 5GB -o parts
     """
     _prepare(None)
     from dataclasses import asdict
@@ -319,7 +386,7 @@ def convert(
     from ..pipeline.convert import convert as run
     from .console import BarProgress, out, plain, print_json
 
-    made = run(model, to, output, outside=outside, requantize=requantize, overwrite=overwrite, progress=BarProgress(quiet=as_json))
+    made = run(model, to, output, outside=outside, requantize=requantize, max_shard_size=max_shard_size, overwrite=overwrite, progress=BarProgress(quiet=as_json))
     if as_json:
         print_json({**asdict(made), "statement": made.statement})
         return

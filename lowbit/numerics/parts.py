@@ -8,7 +8,7 @@ Which parts a scheme has, and their shapes and dtypes, is the table in shapes().
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ def _lattice(scheme: Scheme, shape: tuple[int, int]) -> Shapes:
     return found
 
 
-_SHAPES: tuple[tuple[object, Callable[[Scheme, tuple[int, int]], Shapes]], ...] = (
+_SHAPES: tuple[tuple[Container[str], Callable[[Scheme, tuple[int, int]], Shapes]], ...] = (
     ((INT,), _int), (CASTS, _cast), (ggml.BLOCK_TYPES, _ggml), (codebook.CODES, _codebook), (floating.KINDS, _floating), (ternary.KINDS, _ternary),
     (additive.KINDS, _additive), (lattice.KINDS, _lattice),
 )  # fmt: skip

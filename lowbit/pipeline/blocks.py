@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -38,13 +39,38 @@ _Place = tuple[str, str, int | None, tuple[int, int] | None]  # of a matrix insi
 
 def run(setup: Setup, windows: Windows | None, job: Job, peak: resources.PeakMemory) -> None:
     """Quantize every block that is not done yet."""
+    if windows is None:
+        _run_without_data(setup, job, _first(setup, job), peak)
+    else:
+        _stream(setup, windows, job, peak, "Quantizing blocks", _BlockWorker.run)
+
+
+def observe(setup: Setup, windows: Windows, job: Job, peak: resources.PeakMemory) -> None:
+    """Collect what setup.needs of every block that is not done yet, and quantize nothing; the sums are kept with the job (see observed)."""
+    _stream(setup, windows, job, peak, "Looking at blocks", _BlockWorker.observe)
+
+
+def observed(setup: Setup, job: Job) -> dict[str, LayerStats]:
+    """What observe found, by weight name: n_tokens and sum_sq."""
+    found: dict[str, LayerStats] = {}
+    for index, linears in enumerate(setup.linears):
+        stored = job.tensors(_sums(index))
+        found |= {linear.name: LayerStats(int(stored[f"{linear.name}|n_tokens"]), sum_sq=stored.get(f"{linear.name}|sum_sq")) for linear in linears}
+    return found
+
+
+def _first(setup: Setup, job: Job) -> int:
+    """The first block that is not done."""
     depth = len(setup.skeleton.blocks)
     first = next((i for i in range(depth) if not job.done(part(i))), depth)
     if first:
         setup.progress.note(f"Going on at block {first + 1} of {depth}." if first < depth else "All blocks are done; writing.")
-    if windows is None:
-        _run_without_data(setup, job, first, peak)
-        return
+    return first
+
+
+def _stream(setup: Setup, windows: Windows, job: Job, peak: resources.PeakMemory, title: str, work: Callable) -> None:
+    """Do the work of a _BlockWorker with every block that is not done yet, from hidden states to hidden states."""
+    depth, first = len(setup.skeleton.blocks), _first(setup, job)
     if first == depth:
         return
     streamer = Streamer(setup.skeleton, windows.batches(), dtype=setup.dtype, device=setup.device)
@@ -61,12 +87,12 @@ def run(setup: Setup, windows: Windows | None, job: Job, peak: resources.PeakMem
         for number in range(len(reference)):
             reference.write(number, source.read(number, streamer.device))
     worker = _BlockWorker(setup, streamer, peak, job)
-    with setup.progress.step("Quantizing blocks", depth * worker.steps_per_block) as advance:
+    with setup.progress.step(title, depth * worker.steps_per_block) as advance:
         advance(first * worker.steps_per_block)
         for index in range(first, depth):
             goal = states(index + 1)
             original = None if reference is None else states(index + 1, "reference")
-            tensors, records = worker.run(index, source, goal if index + 1 < depth else None, reference, original, advance)
+            tensors, records = work(worker, index, source, goal if index + 1 < depth else None, reference, original, advance)
             goal.sync()
             if original is not None:
                 original.sync()
@@ -82,6 +108,10 @@ def rewritten(index: int) -> str:
     return f"rewritten-{index:05d}"
 
 
+def _sums(index: int) -> str:
+    return f"sums-{index:05d}"
+
+
 def part(index: int) -> str:
     return f"block-{index:05d}"
 
@@ -94,8 +124,9 @@ def _run_without_data(setup: Setup, job: Job, first: int, peak: resources.PeakMe
             block = sk.load_module(setup.skeleton, setup.skeleton.block_name(index), torch.float32, setup.device)
             tensors: dict[str, QuantizedTensor] = {}
             records: dict[str, dict] = {}
-            for linears in _one_layer(setup.linears[index]):
-                made, record = quantize_group(block, InputGroup(linears), setup.plans, _dtypes(setup, linears))
+            for linears in [[linear] for linear in setup.linears[index]] if setup.importance else _one_layer(setup.linears[index]):
+                stats = setup.importance.get(linears[0].name, LayerStats())
+                made, record = quantize_group(block, InputGroup(linears, stats), setup.plans, _dtypes(setup, linears))
                 for name in record:
                     if (act := setup.plans[name].scheme.act) is not None:
                         record[name]["activation"] = activations.settle(act, None).to_dict()
@@ -185,6 +216,25 @@ class _BlockWorker:
         else:
             advance(len(streamer.batches))
         return tensors, records
+
+    def observe(self, index: int, source: HiddenStates, goal: HiddenStates | None, reference: None, original: None, advance: Advance) -> tuple[dict, dict]:
+        """Collect statistics of block index and pass on its hidden states, as they are; nothing is quantized."""
+        block, linears = self.streamer.load_block(index), self.setup.linears[index]
+        collector = Collector(block, linears)
+        groups = self._groups(collector, linears, index, block, source)
+        self._collect(collector, groups, index, block, source, None, advance, self.setup.needs)
+        found: dict[str, torch.Tensor] = {}
+        for group in groups:
+            for linear in group.linears:
+                found[f"{linear.name}|n_tokens"] = torch.tensor(group.stats.n_tokens)
+                if group.stats.sum_sq is not None:
+                    found[f"{linear.name}|sum_sq"] = group.stats.sum_sq.cpu().clone()
+        self.job.save_tensors(_sums(index), found)
+        if goal is not None:
+            self.streamer.run(block, index, source, goal, tick=advance)
+        else:
+            advance(len(self.streamer.batches))
+        return {}, {}
 
     def _roundings(self, block: nn.Module, index: int, linears: list[Linear], source: HiddenStates, records: dict[str, dict]) -> dict[str, Rounding]:
         """How the inputs of a block's matrices are to be rounded; scales of static ones from a pass through the quantized block. records take what there is to note."""

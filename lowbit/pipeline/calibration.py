@@ -51,14 +51,17 @@ def default_text(part: str) -> str:
     return (files("lowbit") / "data" / f"{part}.txt").read_text(encoding="utf-8").replace("\n<<<>>>\n", "\n\n")
 
 
-def calibration_windows(calibration: Calibration, tokenizer, *, texts: list[str] | None = None, progress: Progress = SILENT) -> Windows:
-    """The calibration set of a recipe: n_samples windows of seq_len tokens, spread evenly over the text (texts, or those of its source)."""
+def calibration_windows(calibration: Calibration, tokenizer, *, texts: list[str] | None = None, as_llama_cpp: bool = False, progress: Progress = SILENT) -> Windows:
+    """The calibration set of a recipe: n_samples windows of seq_len tokens, spread evenly over the text (texts, or those of its source).
+
+    as_llama_cpp: the first windows instead, cut where llama.cpp's programs cut them.
+    """
     if texts is None:
         texts = read_texts(calibration.source, tokenizer)
     if calibration.pad:
         windows = _padded(texts, tokenizer, calibration)
     else:
-        windows = packed(texts, tokenizer, length=calibration.seq_len, count=calibration.n_samples)
+        windows = packed(texts, tokenizer, length=calibration.seq_len, count=calibration.n_samples, spread=not as_llama_cpp, bos_first=as_llama_cpp)
     if len(windows.ids) < calibration.n_samples:
         progress.note(
             f"The calibration text holds {windows.found:,} tokens: {len(windows.ids)} windows of {windows.ids.shape[1]} instead of "
@@ -139,21 +142,22 @@ def bos_id(tokenizer) -> int | None:
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else None
 
 
-def packed(texts: list[str], tokenizer, *, length: int, count: int | None, spread: bool = True) -> Windows:
+def packed(texts: list[str], tokenizer, *, length: int, count: int | None, spread: bool = True, bos_first: bool = False) -> Windows:
     """Consecutive windows of length tokens; count of them, spread evenly over the text (or the first), all when count is None.
 
     Where the tokenizer begins a text with BOS, every window does: its first token is replaced, as llama-perplexity does it.
-    A text shorter than one window gives one short window.
+    A text shorter than one window gives one short window. bos_first: BOS stands before the text too, so that windows begin a token earlier.
     """
-    ids = token_ids(texts, tokenizer)
+    ids, bos = token_ids(texts, tokenizer), bos_id(tokenizer)
     if len(ids) < 2:
         raise DataError("the text holds fewer than two tokens.")
+    if bos_first and bos is not None:
+        ids = torch.cat([torch.tensor([bos]), ids])
     length = min(length, len(ids))
     windows = ids[: len(ids) // length * length].view(-1, length)
     if count is not None and count < len(windows):
         chosen = torch.arange(count) * len(windows) // count if spread else torch.arange(count)
         windows = windows[chosen]
-    bos = bos_id(tokenizer)
     windows = windows.clone()
     if bos is not None:
         windows[:, 0] = bos

@@ -43,13 +43,15 @@ def card_of(path: Path, *, base: str) -> str:
 def render(checkpoint: Checkpoint, *, base: str) -> str:
     """The card as Markdown with YAML metadata; the same for the same checkpoint, wherever it lies (NAME stands for its place, until it is pushed)."""
     consumer, provenance = consumer_of(checkpoint), checkpoint.provenance
-    recipe = provenance.get("recipe") if isinstance(provenance.get("recipe"), dict) else {}
+    found = provenance.get("recipe")
+    recipe: dict = found if isinstance(found, dict) else {}
     on_hub = re.fullmatch(r"[\w][\w.-]*/[\w.-]+", base) is not None
     tags = ["lowbit", "quantized", *([OFFICIAL.get(checkpoint.kind, checkpoint.kind)] if checkpoint.quantized else [])]
     metadata = ["---", f"library_name: {LIBRARIES.get(checkpoint.kind, 'transformers')}", "pipeline_tag: text-generation"]
     metadata += [f"base_model: {base}", "base_model_relation: quantized"] if on_hub else []
     metadata += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]
-    title = f"# {base.rpartition('/')[2]}{', ' + recipe['name'] if recipe.get('name') else ''}\n\n{'[' + base + '](https://huggingface.co/' + base + ')' if on_hub else base}, quantized with lowbit {provenance.get('lowbit', '')}.".replace(" .", ".")
+    link = f"[{base}](https://huggingface.co/{base})" if on_hub else base
+    title = f"# {', '.join(filter(None, (base.rpartition('/')[2], recipe.get('name'))))}\n\n{link}, quantized with {' '.join(filter(None, ('lowbit', provenance.get('lowbit'))))}."
     sections = [
         "\n".join(metadata), title, _facts(checkpoint, recipe, provenance), _loading(checkpoint, consumer), f"{BEGIN}\n{_layer_errors(provenance)}\n{END}", _notes(provenance)
     ]  # fmt: skip
@@ -73,10 +75,11 @@ def _facts(checkpoint: Checkpoint, recipe: Mapping, provenance: Mapping) -> str:
 def _loading(checkpoint: Checkpoint, consumer: Consumer) -> str:
     name = f"{NAME}.gguf" if checkpoint.kind == "gguf" else NAME
     fence = "sh" if consumer.name == "llama.cpp" else "python"
+    file = f"{name}/{checkpoint.path.name}" if checkpoint.kind == "gguf" and not name.endswith(".gguf") else name  # the first part of a split one
     before = "".join(f"import os\nos.environ[{key!r}] = {value!r}\n" for key, value in consumer.environment.items())
     note = f"\n\n{consumer.note}" if consumer.note else ""
     own = "\n\nlowbit itself runs it, too: `model = lowbit.load(" + json.dumps(name) + ")`." if consumer.name != "transformers" else ""
-    return f"## Use\n\n`{consumer.install}`\n\n```{fence}\n{before}{consumer.lines(name)}\n```{note}{own}"
+    return f"## Use\n\n`{consumer.install}`\n\n```{fence}\n{before}{consumer.lines(file)}\n```{note}{own}"
 
 
 def _layer_errors(provenance: Mapping) -> str:

@@ -1,7 +1,7 @@
 """Runs in a process of its own, with whatever Python has the consumer's packages: loads a checkpoint by the lines it is given and answers with the weights and logits that it computes.
 
-Needs nothing of lowbit. Reads one JSON line {"code", "packages", "weights": in_features by name of module, "ids", "columns"}; answers on stdout with JSON lines, each followed by the bytes of a float32
-array where it says a shape. What libraries print goes to stderr.
+Needs nothing of lowbit. Reads one JSON line {"code", "packages", "weights": in_features by name of module, "ids", "columns"}; answers on stdout with JSON lines, each followed by the bytes of a
+float32 array where it says a shape. What libraries print goes to stderr.
 """
 
 import json

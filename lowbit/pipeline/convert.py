@@ -23,8 +23,7 @@ from ..tensor import QuantizedTensor
 from . import recipes, resources
 from .card import base_of
 from .locate import base_name, locate
-from .output import as_stored_dense, checked, readable_errors, refuse_own_input, rounded_record, with_rounded, write
-
+from .output import as_stored_dense, checked, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
 
 LEGACY = {"q4_0": (4, True), "q5_0": (5, True), "q8_0": (8, True), "q4_1": (4, False), "q5_1": (5, False)}  # ggml's blocks that are integers: bits, symmetric
 ALLOWED = 2.0**-10  # of a matrix's largest: a minimum rounded to float16
@@ -54,18 +53,28 @@ class Conversion:
             return f"Rounded anew: {self.matrices} matrices, relative squared error {self.error:.3g} on top of what was lost before."
         if self.exact == self.matrices:
             return f"Lossless: all {self.matrices} matrices decode to the same values, bit for bit."
-        return f"{self.exact} of {self.matrices} matrices decode to the same values bit for bit, the others within the rounding of their minima to float16 (at most {self.largest_difference:.2g} of a matrix's largest)."
+        rest = f"the others within the rounding of their minima to float16 (at most {self.largest_difference:.2g} of a matrix's largest)"
+        return f"{self.exact} of {self.matrices} matrices decode to the same values bit for bit, {rest}."
 
 
 def convert(
-    path: str | Path, target_name: str, output: str | Path, *, outside: str | None = None, requantize: str | None = None, overwrite: bool = False, progress: Progress = SILENT
+    path: str | Path,
+    target_name: str,
+    output: str | Path,
+    *,
+    outside: str | None = None,
+    requantize: str | None = None,
+    max_shard_size: int | str | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
 ) -> Conversion:
     """Write a checkpoint in another layout; quantized matrices keep their codes, and what the layout cannot hold is refused. Both files are decoded and compared afterwards.
 
     outside: a scheme for embedding and head ("q8_0"), which are otherwise kept. requantize: a recipe without data ("q4_k", "int4-asym-g64"), by which all quantized matrices are rounded anew where
-    codes cannot be kept. Streams tensor by tensor.
+    codes cannot be kept. max_shard_size: as in quantize. Streams tensor by tensor.
     """
     output = Path(output)
+    shard_bytes = shard_bytes_of(max_shard_size, target_name, output)
     if output.exists() and not overwrite:
         raise JobError(f"{output} exists already. Choose another -o, or --overwrite.")
     located = locate(path, progress=progress)
@@ -103,8 +112,8 @@ def convert(
     resources.require_disk(output.absolute().parent, checkpoint.tensor_bytes, purpose="This conversion")
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output), _hinted():
         if checkpoint.kind == "gguf" and target_name != "gguf":
-            checkpoint = replace(checkpoint, files=write_tokenizer(located, Path(scratch)))
-        write(checkpoint, target_name, output, progress, overwrite=overwrite, base=base_of(located) or base_name(path, located))
+            checkpoint = replace(checkpoint, files=write_tokenizer(checkpoint.path, Path(scratch)))
+        write(checkpoint, target_name, output, progress, overwrite=overwrite, base=base_of(located) or base_name(path, located), shard_bytes=shard_bytes)
     return _compared(source, output, skeleton, set(around) if outside is not None else set(), requantize is not None, notes, progress)
 
 

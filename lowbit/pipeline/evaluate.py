@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint
+from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint, weight_files
 from ..errors import DataError, ModelError
 from ..evaluation.metrics import CONVENTIONS, WindowScores, score_window
 from ..evaluation.summary import Summary, summarize
@@ -176,8 +176,6 @@ def _score(models, windows: Windows, device: torch.device, advance: Advance) -> 
 
 def size_of(checkpoint: Checkpoint) -> Size:
     """Bytes of a checkpoint, in files and in tensors, and what they come to per weight."""
-    folder = checkpoint.path
-    files = [folder] if folder.is_file() else [p for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf") and p.is_file()]
     skeleton = sk.build(checkpoint)
     parameters = skeleton.parameter_count()
     outside = set(outside_matrices(skeleton))
@@ -185,7 +183,7 @@ def size_of(checkpoint: Checkpoint) -> Size:
     matrices = {n: q for n, q in entries.items() if len(q.shape) == 2 and n not in outside}
     weights = sum(q.shape[0] * q.shape[1] for q in matrices.values())
     return Size(
-        file_bytes=sum(p.stat().st_size for p in files),
+        file_bytes=sum(file.stat().st_size for file in weight_files(checkpoint.path)),
         tensor_bytes=checkpoint.tensor_bytes,
         parameters=parameters,
         bits_per_weight=8 * checkpoint.tensor_bytes / parameters,

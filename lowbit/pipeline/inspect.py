@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint
+from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, weight_files
 from ..checkpoints.safetensors import natural_key
 from ..errors import CheckpointError, RecipeError
 
@@ -97,7 +96,7 @@ def inspect(path: str | Path) -> Inspection:
         formats=_totals(rows),
         weights=weights,
         tensor_bytes=size,
-        file_bytes=sum(file.stat().st_size for file in _weight_files(checkpoint.path)),
+        file_bytes=sum(file.stat().st_size for file in weight_files(checkpoint.path)),
         bits_per_weight=8 * size / max(1, weights),
         files=tuple(file.name for file in checkpoint.files),
         provenance=checkpoint.provenance,
@@ -165,15 +164,6 @@ def _totals(rows: tuple[TensorRow, ...]) -> dict[str, FormatTotal]:
         old = totals.get(row.format, FormatTotal(0, 0, 0))
         totals[row.format] = FormatTotal(old.tensors + 1, old.weights + _numel(row), old.size_bytes + row.size_bytes)
     return dict(sorted(totals.items(), key=lambda item: -item[1].size_bytes))
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(file for file in path.glob("*.safetensors") if file.is_file())
-    split = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
-    if not split:
-        return [path]
-    return [path.with_name(f"{split[1]}-{number:05d}-of-{split[2]}.gguf") for number in range(1, int(split[2]) + 1)]
 
 
 def _find(checkpoint: Checkpoint, name: str) -> str:

@@ -4,6 +4,7 @@
     OUT.work/block-00007.safetensors     the quantized matrices of block 7 (codes packed), then
     OUT.work/block-00007.json            their records; its presence means that the block is done
     OUT.work/loss-00007.safetensors      for a guided job: squared gradient norms at the outputs of block 7's modules
+    OUT.work/sums-00007.safetensors      for an importance matrix: sums of squares of the inputs of block 7's matrices
     OUT.work/rewritten-00007.safetensors what transforms changed in block 7 beside its quantized matrices (norms)
     OUT.work/hidden-0.bin, hidden-1.bin  hidden states: block b reads hidden-(b % 2) and writes the other
     OUT.work/reference-0.bin, ...        the same of the original model, for algorithms that compare with it

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..checkpoints import open_checkpoint
@@ -28,7 +28,7 @@ def load(path: str | Path, *, dtype: str | None = None, device: str | None = Non
     packed = quantized.matrices(skeleton)
     dense = sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in packed) * chosen.itemsize
     resources.require_memory(int(1.1 * dense) + sum(checkpoint.quantized[name].nbytes for name in packed.values()), purpose="Loading this model")
-    model = quantized.load(skeleton, chosen, place)
+    model = cast(PreTrainedModel, quantized.load(skeleton, chosen, place))
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = True
     if located := next((file.parent for file in checkpoint.files if file.name == "generation_config.json"), None):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,32 +20,57 @@ from ..algorithms import algorithm
 from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, target
 from ..checkpoints.checkpoint import CHUNK_BYTES
 from ..checkpoints.safetensors import write_text
-from ..errors import JobError, ResourceError
+from ..errors import JobError, RecipeError, ResourceError
 from ..models import skeleton as sk
 from ..models.linears import find_linears
 from ..models.skeleton import Skeleton
 from ..numerics.ggml import BLOCK_TYPES
 from ..progress import Progress
+from ..stats import LayerStats
 from ..tensor import QuantizedTensor
 from .card import card_of, card_path
 from .job import temporary, work_folder
 from .recipes import LayerPlan
+from .resources import parse_size
 
 
-def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Progress, *, overwrite: bool, base: str, whole: Callable[[], None] = lambda: None) -> None:
+def shard_bytes_of(size: int | str | None, target_name: str, output: Path) -> int | None:
+    """The largest size of a file in bytes, from what a user writes (5GB, a number of bytes; None: the target's own)."""
+    if size is None:
+        return None
+    found = size if isinstance(size, int) else parse_size(size)
+    if found < 1:
+        raise RecipeError(f"max_shard_size is {size!r}; expected a size such as 5GB or 500MB.")
+    if target(target_name).suffix and output.suffix == target(target_name).suffix:
+        raise RecipeError(f"with a shard size the model becomes several files, which go into a folder, and {output} is named like a file. Give -o a folder's name, and --to {target_name}.")
+    return found
+
+
+def write(
+    checkpoint: Checkpoint,
+    target_name: str,
+    output: Path,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    base: str,
+    shard_bytes: int | None = None,
+    whole: Callable[[], None] = lambda: None,
+) -> None:
     """Write through a sibling, so that nothing has the output's name before it is whole; whole is called just before it gets it. base: the original's name, for the card beside the weights."""
     kind, draft, old = target(target_name), temporary(output), output.with_name(output.name + ".old")
     if overwrite and old.exists() and not output.exists():  # an earlier run was killed between its last two steps
         os.replace(old, output)
     _delete(draft)
     draft.parent.mkdir(parents=True, exist_ok=True)
-    if not kind.suffix:
+    folder = not kind.suffix or shard_bytes is not None
+    if folder:
         draft.mkdir()
     with progress.step(f"Writing {target_name}", checkpoint.tensor_bytes) as advance:
         try:
-            kind.write(checkpoint, draft, progress=advance)
+            kind.write(checkpoint, draft, shard_bytes=shard_bytes, progress=advance)
             card = card_of(draft, base=base)
-            if not kind.suffix:
+            if folder:
                 write_text(card_path(draft, False), card)
         except BaseException:
             _delete(draft)
@@ -62,7 +88,7 @@ def write(checkpoint: Checkpoint, target_name: str, output: Path, progress: Prog
         raise
     if aside:
         _delete(old)
-    if kind.suffix:
+    if not folder:
         write_text(card_path(output, True), card)
 
 
@@ -96,7 +122,7 @@ def as_stored_dense(checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
     made = {name: _turned(checkpoint, name) for name in names}
     members = {name: parameter for parameter, names in sk.stacks(skeleton).items() for name in names}
     for parameter, names in sk.stacks(skeleton).items():
-        made[parameter] = _stack(checkpoint, names, skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed)
+        made[parameter] = _stack(checkpoint, names, bool(skeleton.model.get_submodule(parameter.rpartition(".")[0]).is_transposed))
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in members}
     quantized = {name: entry for name, entry in checkpoint.quantized.items() if name not in made and name not in members}
     return replace(checkpoint, tensors={**tensors, **made}, quantized=quantized)
@@ -135,22 +161,22 @@ def _turned(checkpoint: Checkpoint, name: str) -> LazyTensor:
     return LazyTensor(entry.shape[::-1], entry.dtype, lambda start, stop: checkpoint.dense(name).T[start:stop])
 
 
-def with_rounded(checkpoint: Checkpoint, plans: dict[str, LayerPlan]) -> Checkpoint:
-    """The checkpoint with some of its matrices (embedding, head) rounded as planned when they are read, a chunk of rows at a time."""
+def with_rounded(checkpoint: Checkpoint, plans: dict[str, LayerPlan], importance: Mapping[str, LayerStats] = MappingProxyType({})) -> Checkpoint:
+    """The checkpoint with some of its matrices (embedding, head) rounded as planned when they are read, a chunk of rows at a time; importance: statistics of theirs, where known."""
     quantized = dict(checkpoint.quantized)
     for name, plan in plans.items():
-        quantized[name] = _rounded(checkpoint.lazy(name), plan)
+        quantized[name] = _rounded(checkpoint.lazy(name), plan, importance.get(name))
     return replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n not in plans}, quantized=quantized)
 
 
-def _rounded(lazy: LazyTensor, plan: LayerPlan) -> LazyQuantized:
+def _rounded(lazy: LazyTensor, plan: LayerPlan, stats: LayerStats | None) -> LazyQuantized:
     rows, columns = lazy.shape
     whole = plan.scheme.block == (-1, -1) or not numerics.entry(plan.scheme).rowwise(plan.scheme, columns)  # something is shared by all rows: they are needed together
     chunk = rows if whole else max(1, CHUNK_BYTES // (columns * 4))
     dtype = str(lazy.dtype).removeprefix("torch.")
 
     def some(start: int, stop: int) -> QuantizedTensor:
-        made = algorithm(plan.algorithm).run(lazy.read(start, min(stop, rows)), plan.scheme, None, plan.options, [])
+        made = algorithm(plan.algorithm).run(lazy.read(start, min(stop, rows)), plan.scheme, stats, plan.options, [])
         return QuantizedTensor(plan.scheme, made.shape, dtype, made.parts)
 
     def load() -> QuantizedTensor:

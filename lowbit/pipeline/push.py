@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints import open_checkpoint
+from ..checkpoints import open_checkpoint, weight_files
 from ..checkpoints.safetensors import refuse_outside
 from ..errors import LowbitError
 from . import card
@@ -29,7 +29,7 @@ class Upload:
 
 
 def push(path: str | Path, repository: str, *, private: bool = False, message: str | None = None, dry_run: bool = False) -> Upload:
-    """Upload an output folder (its files, no folders) or a GGUF file with its card as README.md; the repository is made where there is none.
+    """Upload an output folder (its files, no folders) or a GGUF file (all its parts) with its card as README.md; the repository is made where there is none.
 
     dry_run: only say what would be uploaded; needs no network. Raises LowbitError for a name that is none, without a network and without a login.
     """
@@ -46,7 +46,7 @@ def push(path: str | Path, repository: str, *, private: bool = False, message: s
 def _files(source: Path) -> list[tuple[str, Path]]:
     beside = card.card_path(source, source.is_file())
     if source.is_file():
-        return [*([(card.FILE, beside)] if beside.is_file() else []), (source.name, source)]
+        return [*([(card.FILE, beside)] if beside.is_file() else []), *((file.name, file) for file in weight_files(source))]
     return [(file.name, refuse_outside(file, source)) for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".") and file.suffix not in SKIPPED]
 
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from .. import __version__
-from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint, target
+from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint, target, weight_files
 from ..errors import RecipeError
 from ..progress import SILENT, Progress
 from ..recipe import Recipe
@@ -29,7 +29,7 @@ from .blocks import part, rewritten, run
 from .calibration import Windows, calibration_windows
 from .job import Job, refuse_existing, work_folder
 from .locate import base_name, load_tokenizer, locate, model_name
-from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, with_rounded, write
+from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
 from .selfgen import self_texts
 from .setup import Setup, check_resources, refuse_damaged, set_up
 
@@ -57,11 +57,13 @@ def quantize(
     *,
     target_name: str | None = None,
     calibration: str | Path | None = None,
+    imatrix: str | Path | None = None,
     n_samples: int | None = None,
     seq_len: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     seed: int | None = None,
+    max_shard_size: int | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
@@ -71,7 +73,9 @@ def quantize(
     model: a Hugging Face folder, a hub id, a GGUF file, or a transformers model (which is saved to a temporary folder first).
     recipe: a preset, a short form ("int4-asym-g128-gptq"), a TOML file or a Recipe; None: the target's default.
     output: a new folder (or .gguf file); None: MODEL-RECIPE in the current folder. target_name: one of checkpoints.TARGETS ("compressed-tensors", "gguf", "gptq", "safetensors", ...).
-    calibration, n_samples, seq_len, seed: override the recipe's. dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
+    calibration, n_samples, seq_len, seed: override the recipe's. imatrix: a file with llama.cpp's importance matrix, for plain rounding without calibration.
+    dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
+    max_shard_size: of a file, in bytes or as "5GB"; a GGUF then becomes a folder of several. None: 4.5 GB, a GGUF in one file.
     resume: go on with a job that was stopped; the result has the bytes of an undisturbed run.
     Raises LowbitError (a subclass says of what kind) before any work on bad input; earlier results are left as they are.
     """
@@ -79,23 +83,25 @@ def quantize(
     with _as_path(model, resume=resume) as path:
         draft = recipes.parse(recipe, target_name=target_name or _target_of(output))
         located = locate(path, progress=progress)
-        output = Path(output) if output is not None else Path(_default_name(located, draft.recipe))
+        output = Path(output) if output is not None else Path(_default_name(located, draft.recipe, sharded=max_shard_size is not None))
+        shard_bytes = shard_bytes_of(max_shard_size, draft.recipe.target, output)
         refuse_existing(output, resume=resume, overwrite=overwrite)
         refuse_own_input(output, located)
-        setup = set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress)
+        setup = set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress, imatrix)
         with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
             tokenizer_needed = bool(setup.needs) or setup.checkpoint.kind == "gguf"
             tokenizer = load_tokenizer(setup.checkpoint, Path(scratch)) if tokenizer_needed else None
-            windows = _windows(setup, tokenizer) if setup.needs else None
+            windows = windows_of(setup, tokenizer) if setup.needs else None
             check_resources(setup, windows, output, resumed=resume and work_folder(output).exists())
             refuse_damaged(setup)
-            job = Job(output, _key(setup, windows), resume=resume, overwrite=overwrite)
+            job = Job(output, {**job_key(setup, windows), "max_shard_size": shard_bytes}, resume=resume, overwrite=overwrite)
             with _log_file(output):
                 log.info("model %s, output %s", located, output)
                 if not job.written:
                     run(setup, windows, job, peak)
                     peak.look()
-                    write(_assemble(setup, windows, job, tokenizer), setup.recipe.target, output, progress, overwrite=overwrite, base=base_name(model, located), whole=job.finish)
+                    made, base = _assemble(setup, windows, job, tokenizer), base_name(model, located)
+                    write(made, setup.recipe.target, output, progress, overwrite=overwrite, base=base, shard_bytes=shard_bytes, whole=job.finish)
                 job.remove()
                 peak.look()
                 seconds = time.monotonic() - started
@@ -126,14 +132,15 @@ def _target_of(output: str | Path | None) -> str | None:
     return "gguf" if output is not None and str(output).endswith(".gguf") else None
 
 
-def _default_name(path: Path, recipe: Recipe) -> str:
-    return f"{model_name(path)}-{recipe.name.removesuffix('.toml').replace('/', '_')}{target(recipe.target).suffix}"
+def _default_name(path: Path, recipe: Recipe, *, sharded: bool) -> str:
+    return f"{model_name(path)}-{recipe.name.removesuffix('.toml').replace('/', '_')}{'' if sharded else target(recipe.target).suffix}"
 
 
-def _windows(setup: Setup, tokenizer) -> Windows:
+def windows_of(setup: Setup, tokenizer, *, as_llama_cpp: bool = False) -> Windows:
+    """The calibration windows of a job; as_llama_cpp: the first ones, cut as llama.cpp's programs cut them."""
     calibration = setup.recipe.calibration
     texts = self_texts(setup.checkpoint, tokenizer, calibration, seed=setup.recipe.seed, progress=setup.progress) if calibration.source == "self" else None
-    return calibration_windows(calibration, tokenizer, texts=texts, progress=setup.progress)
+    return calibration_windows(calibration, tokenizer, texts=texts, as_llama_cpp=as_llama_cpp, progress=setup.progress)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -143,9 +150,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([described, checkpoint.config], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _key(setup: Setup, windows: Windows | None) -> dict:
+def job_key(setup: Setup, windows: Windows | None) -> dict:
     """What must be the same for a job to be resumed."""
-    weights = [p for p in (setup.checkpoint.path.iterdir() if setup.checkpoint.path.is_dir() else [setup.checkpoint.path]) if p.suffix in (".safetensors", ".gguf") and p.is_file()]
+    weights = weight_files(setup.checkpoint.path)
     return {
         "lowbit": __version__,
         "torch": torch.__version__,
@@ -153,7 +160,7 @@ def _key(setup: Setup, windows: Windows | None) -> dict:
         "model": fingerprint(setup.checkpoint),
         "weights": sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights),
         "recipe": setup.recipe.to_dict(),
-        "data": windows.digest if windows else None,
+        "data": windows.digest if windows else setup.imatrix and setup.imatrix["sha256"],
         "dtype": str(setup.dtype),
         "device": setup.device.type,
         "threads": torch.get_num_threads(),
@@ -168,7 +175,7 @@ def _assemble(setup: Setup, windows: Windows | None, job: Job, tokenizer) -> Che
         quantized |= job.quantized(part(index))
         records |= job.records(part(index))
     outside = {name: setup.plans[name] for name in setup.outside if name in setup.plans}
-    base = with_rounded(setup.checkpoint, outside)
+    base = with_rounded(setup.checkpoint, outside, setup.importance)
     records |= {name: rounded_record(plan, setup.outside[name]) for name, plan in outside.items()}
     own = {name: base.quantized[name] for name in outside}
     kept = {**setup.checkpoint.tensors, **{n: setup.checkpoint.lazy(n) for n in setup.checkpoint.quantized}} if setup.checkpoint.kind != "gguf" else setup.checkpoint.tensors
@@ -204,6 +211,7 @@ def _provenance(setup: Setup, windows: Windows | None, records: dict) -> dict:
         "model": {"architecture": type(setup.skeleton.model).__name__, "parameters": setup.skeleton.parameter_count(), "fingerprint": fingerprint(setup.checkpoint), "format": setup.checkpoint.kind},
         "recipe": recipe,
         "calibration": None if windows is None else {"windows": len(windows.ids), "length": windows.ids.shape[1], "tokens": windows.tokens, "found": windows.found, "sha256": windows.digest},
+        **({"imatrix": setup.imatrix} if setup.imatrix else {}),
         "compute_dtype": str(setup.dtype).removeprefix("torch."),
         "notes": setup.notes,
         "layers": records,

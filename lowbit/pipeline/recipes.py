@@ -54,7 +54,7 @@ PRESETS: dict[str, tuple[str, str]] = {
     "bitnet": ("ternary-rtn-a8", "b1.58 weights and 8-bit activations; an ordinary model does not survive this without training"),
     "rtn-int4": ("int4-sym-rtn", "plain rounding to 4 bits; no data needed"),
     "rtn-int8": ("int8-sym-rtn", "plain rounding to 8 bits; no data needed"),
-    **{name: (f"{name}-rtn", f"llama-quantize's mixture: {gguf_mixtures.MIXTURES[name].description}") for name in gguf_mixtures.known()},
+    **{name: (f"{name}-{'weighted-' * (name == 'q2_k_s')}rtn", f"llama-quantize's mixture: {gguf_mixtures.MIXTURES[name].description}") for name in gguf_mixtures.known()},
 }
 FORMAT_ALIASES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "fp8": "fp8_e4m3", "mxfp8": "mxfp8_e4m3", "mxfp6": "mxfp6_e2m3"}
 RANGE_WORDS = {"textbook": "textbook", "half": "half", "full": "full"}
@@ -451,6 +451,13 @@ def resolve(recipe: Recipe, linears: dict[str, tuple[int, int]], outside: dict[s
         some = ", ".join(sorted(name.removesuffix(".weight") for name in list(linears)[:3]))
         raise RecipeError(f"no weight matches the rule {idle[0]!r}; weights are called like {some}.")
     return plans
+
+
+def weighted(recipe: Recipe) -> Recipe:
+    """The recipe with all its plain rounding weighted by importance."""
+    own = lambda algorithm, options: {**options, "weighted": True} if algorithm == "rtn" else options
+    rules = tuple(replace(rule, options=own(rule.algorithm or recipe.algorithm, rule.options)) for rule in recipe.rules)
+    return replace(recipe, options=own(recipe.algorithm, recipe.options), rules=rules)
 
 
 def _mixed(recipe: Recipe, shapes: dict[str, tuple[int, int]], config: dict | None) -> dict[str, Scheme]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from .. import numerics
 from ..algorithms import algorithm
+from ..algorithms.rtn import RtnOptions
 from ..checkpoints import Checkpoint, open_checkpoint
+from ..checkpoints.imatrix import of_model, read_imatrix
 from ..errors import ModelError, RecipeError
 from ..models import skeleton as sk
 from ..models.linears import Linear, find_linears, outside_matrices
@@ -17,6 +20,7 @@ from ..models.skeleton import Skeleton
 from ..progress import Progress
 from ..recipe import Calibration, Recipe
 from ..scheme import CASTS
+from ..stats import LayerStats
 from ..transforms import TRANSFORMS, of_blocks
 from ..transforms import make_options as make_transform_options
 from ..transforms.rotate import rotate
@@ -30,7 +34,10 @@ RECORD_BYTES = 4096
 
 @dataclass
 class Setup:
-    """Everything that is known before the first weight is loaded."""
+    """Everything that is known before the first weight is loaded.
+
+    importance: statistics by weight name from an importance matrix, which then are not collected; imatrix: what provenance says of it.
+    """
 
     checkpoint: Checkpoint
     skeleton: Skeleton
@@ -43,9 +50,11 @@ class Setup:
     dtype: torch.dtype
     progress: Progress
     notes: list[str]
+    importance: dict[str, LayerStats] = field(default_factory=dict)
+    imatrix: dict | None = None
 
 
-def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress) -> Setup:
+def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress, imatrix=None) -> Setup:
     """Open the model's headers and resolve the recipe (a Draft) against them; the other arguments are quantize's. Raises LowbitError for what cannot be."""
     checkpoint = open_checkpoint(path)
     rounded = bool(checkpoint.activations)
@@ -71,7 +80,8 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
     packed = recipe.target not in ("gguf", "safetensors", "lowbit")
     if packed and any(linear.transposed for block in linears for linear in block):
         raise ModelError(
-            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers or in one tensor for all experts, which no program reads from {recipe.target}. Write it with --to lowbit, --to gguf or --to safetensors."
+            f"{type(skeleton.model).__name__} keeps its weights in Conv1D layers or in one tensor for all experts, which no program reads from {recipe.target}. "
+            "Write it with --to lowbit, --to gguf or --to safetensors."
         )
     if rounded:
         notes.append("This checkpoint rounds the inputs of its layers. That is dropped: the recipe alone says what is rounded now.")
@@ -87,7 +97,12 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         from ..checkpoints.gguf import supported
 
         supported(checkpoint.config)
+    if imatrix is not None:
+        recipe = recipes.weighted(recipe)
     plans = recipes.resolve(recipe, shapes, outside, checkpoint.config)
+    importance, said = ({}, None) if imatrix is None else _read_importance(Path(imatrix), checkpoint, {**shapes, **outside})
+    if imatrix is not None:
+        plans = {name: _weighed(plan, name in importance, name in outside) for name, plan in plans.items()}
     embedding = next(iter(outside), None)
     if packed and embedding in plans and plans[embedding].scheme.format not in CASTS:
         raise RecipeError(f"a rule quantizes the embedding {embedding}, which no program reads from {recipe.target}. Leave it out, or write --to gguf.")
@@ -98,6 +113,11 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in this model: its rules keep every layer.")
     needs = {need for name, plan in plans.items() if name in shapes for need in algorithm(plan.algorithm).needs(plan.options)}
     needs |= {need for name, given in recipe.transforms.items() for need in TRANSFORMS[name].needs(make_transform_options(name, given))}
+    if imatrix is not None:
+        needs -= {"sum_sq"}
+        if needs or calibration is not None:
+            why = f"this recipe collects statistics of its own ({', '.join(sorted(needs))})" if needs else "calibration text would not be read"
+            raise RecipeError(f"an importance matrix is for plain rounding without calibration, and {why}. Leave one of the two out, or take a recipe such as q4_k_m.")
     learned = next((plan.algorithm for plan in plans.values() if algorithm(plan.algorithm).level == "block"), None)
     if learned is not None and (steps := of_blocks(recipe.transforms)):
         raise RecipeError(f"{learned} learns a block as it is, and {', '.join(steps)} rescales it from its statistics; take one of them.")
@@ -106,7 +126,22 @@ def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, pr
     if "cross" in needs and recipe.true_sequential:
         raise RecipeError("gptq's alpha compares a block with the original one, and true_sequential changes it in between; take one of them.")
     chosen = resources.choose_device(device)
-    return Setup(checkpoint, skeleton, recipe, plans, linears, outside, tuple(sorted(needs)), chosen, resources.choose_dtype(dtype, chosen), progress, notes)
+    return Setup(checkpoint, skeleton, recipe, plans, linears, outside, tuple(sorted(needs)), chosen, resources.choose_dtype(dtype, chosen), progress, notes, importance, said)
+
+
+def _read_importance(path: Path, checkpoint: Checkpoint, shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, LayerStats], dict]:
+    """The statistics in an importance matrix by weight name, and what to say of the file (its name, not its place)."""
+    found = read_imatrix(path)
+    said = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "entries": len(found.entries), "chunks": found.chunks}
+    return of_model(found, checkpoint.config, shapes), {**said, "datasets": [Path(name).name for name in found.datasets]}
+
+
+def _weighed(plan: LayerPlan, known: bool, outside: bool) -> LayerPlan:
+    """A plan weighted by an importance matrix that does or does not know its weight (those of embedding and head are usually left out)."""
+    if not isinstance(plan.options, RtnOptions):
+        return plan
+    notes = plan.notes if known or outside else (*plan.notes, "the importance matrix does not hold it: all inputs count the same")
+    return replace(plan, options=replace(plan.options, weighted=known), notes=notes)
 
 
 def _override(base: Calibration, skeleton: Skeleton, source, n_samples, seq_len) -> Calibration:

@@ -46,7 +46,8 @@ class Verification:
     """What was found. verdict: "passed", "failed" or "not run" (the consumer is not installed, or the structure is broken).
 
     weights: matrices whose decoded values were compared; equal: how many of them bit for bit; largest_difference: of the others, of the matrix's largest magnitude. logits_difference: largest,
-    of the largest logit; kl: mean, in nats, where that is what counts. problems: everything that does not hold, in words. rules: of programs that cannot run here, whether what their source asks for is kept.
+    of the largest logit; kl: mean, in nats, where that is what counts. problems: everything that does not hold, in words.
+    rules: of programs that cannot run here, whether what their source asks for is kept.
     """
 
     path: str
@@ -101,7 +102,7 @@ def verify(path: str | Path, *, python: str | None = None, write: bool = True, p
         found.failed_to_run = True
         found.notes.append(f"{consumer.name} is not installed here ({', '.join(missing)}): {consumer.install}")
     elif consumer.name == "llama.cpp":
-        _with_llama_cpp(skeleton, located, found, progress)
+        _with_llama_cpp(skeleton, checkpoint.path, found, progress)
     else:
         _with_process(skeleton, located, consumer, python, found, progress)
     verdict = FAILED if found.problems else NOT_RUN if found.failed_to_run else PASSED
@@ -167,8 +168,8 @@ def _with_process(skeleton: sk.Skeleton, path: Path, consumer: Consumer, python:
     places = {parameter.removesuffix(".weight"): name for parameter, name in quantized.matrices(skeleton).items()}
     text_ids = _ids(skeleton, found)
     request = {
-        "code": consumer.lines(str(path.absolute()), "torch.float32"), "packages": list(consumer.packages), "weights": {place: checkpoint.quantized[name].shape[1] for place, name in places.items()}, "ids": text_ids, "columns": COLUMNS,
-        "threads": torch.get_num_threads(),
+        "code": consumer.lines(str(path.absolute()), "torch.float32"), "packages": list(consumer.packages), "ids": text_ids, "columns": COLUMNS,
+        "weights": {place: checkpoint.quantized[name].shape[1] for place, name in places.items()}, "threads": torch.get_num_threads(),
     }  # fmt: skip
     decoded_to: set[str] = set()
     logits: Tensor | None = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-
 from ..checkpoints import Checkpoint, LazyQuantized
 from ..checkpoints.ct_layouts import layout_of
 from ..models.arch import FUSED
@@ -55,9 +54,9 @@ def _fused(checkpoint: Checkpoint, quantized: Mapping[str, LazyQuantized]) -> It
             factors = {float(quantized[name].load().parts["global_scale"]) for name in names}
             if len(factors) > 1:
                 yield f"{' and '.join(_short(name) for name in names)} become one layer and have several weight_global_scale, of which the largest is taken for all (w4a4_nvfp4.py)"
-        if scheme_static := [checkpoint.activations[name] for name in names if name in checkpoint.activations and checkpoint.activations[name].scale is not None]:
-            if len({(rounding.scale, rounding.zero_point) for rounding in scheme_static}) > 1:
-                yield f"{' and '.join(_short(name) for name in names)} become one layer and have several input_scale, of which the last counts (w8a8_int8.py)"
+        static = {(rounding.scale, rounding.zero_point) for name in names if (rounding := checkpoint.activations.get(name)) is not None and rounding.scale is not None}
+        if len(static) > 1:
+            yield f"{' and '.join(_short(name) for name in names)} become one layer and have several input_scale, of which the last counts (w8a8_int8.py)"
 
 
 def _fused_parts(checkpoint: Checkpoint) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowbit import numerics
-from lowbit.checkpoints import gguf, gguf_arch, safetensors
+from lowbit.checkpoints import gguf, gguf_arch, gguf_container, open_checkpoint, safetensors, weight_files
 from lowbit.checkpoints.checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from lowbit.errors import CheckpointError, RecipeError, ShapeError
 from lowbit.models import skeleton
@@ -767,3 +767,107 @@ def test_split_files_are_one_model(llama, tmp_path):
     parts[1].rename(alone)
     with pytest.raises(CheckpointError, match="one part of 4"):
         gguf.open_file(alone)
+
+
+@pytest.fixture
+def parts(llama, tmp_path):
+    """The model of llama, written in parts of at most 400 kB, and their files."""
+    (tmp_path / "out").mkdir()
+    seen = []
+    gguf.write(llama[0], tmp_path / "out", shard_bytes=400_000, progress=seen.append)
+    whole = gguf.read_header(llama[1])
+    assert sum(seen) == sum(info.nbytes for info in whole.tensors.values())
+    return sorted((tmp_path / "out").iterdir())
+
+
+def test_a_model_is_written_in_parts(llama, parts):
+    """At most so many bytes of tensors each, metadata in the first, what llama.cpp asks for in all; read back the same from any of them and from the folder."""
+    whole, opened = gguf.read_header(llama[1]), gguf.open_file(llama[1])
+    assert [path.name for path in parts] == [f"model-{i:05d}-of-{len(parts):05d}.gguf" for i in range(1, len(parts) + 1)] and len(parts) > 2
+    keys = {"split.no", "split.count", "split.tensors.count"}
+    names = []
+    for number, path in enumerate(parts):
+        header = gguf_container._read_part(path)
+        assert [header.get(key) for key in sorted(keys)] == [len(parts), number, len(whole.tensors)]
+        assert [header.raw[key][0] for key in sorted(keys)] == [2, 2, 5]  # u16, u16, i32
+        assert header.raw.keys() - keys == (whole.raw.keys() if number == 0 else set())
+        assert sum(info.nbytes for info in header.tensors.values()) <= 400_000 or len(header.tensors) == 1
+        names += header.tensors
+    assert names == list(whole.tensors)
+    for path in (parts[0], parts[-1], parts[0].parent):
+        again = open_checkpoint(path)
+        assert again.config == opened.config and again.path == parts[0]
+        assert again.shapes() == opened.shapes() and all(torch.equal(again.dense(name), opened.dense(name)) for name in opened.shapes())
+    assert weight_files(parts[1]) == weight_files(parts[0].parent) == parts
+
+
+def test_parts_become_one_again(llama, parts, tmp_path):
+    gguf.write(gguf.open_file(parts[1]), tmp_path / "one.gguf")
+    assert (tmp_path / "one.gguf").read_bytes() == llama[1].read_bytes()
+
+
+def test_a_model_that_fits_is_one_part(llama, tmp_path):
+    gguf.write(llama[0], tmp_path, shard_bytes=10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00001.gguf"]
+    assert gguf.open_file(tmp_path / "model-00001-of-00001.gguf").shapes() == llama[0].shapes()
+
+
+def test_too_many_parts_are_refused(tmp_path):
+    tensors = [gguf_container.Planned(f"t{i}", 0, (1,), (lambda: torch.zeros(1),)) for i in range(65_536)]
+    with pytest.raises(RecipeError, match="shards of 1 bytes would be 65,536 files, and a GGUF has at most 65,535"):
+        gguf_container.write_split(tmp_path, {}, tensors, shard_bytes=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.consumer
+def test_llama_cpp_loads_the_parts(llama, parts):
+    assert complete(server(parts[0]), PROMPT, 8) == complete(server(llama[1]), PROMPT, 8)
+
+
+@pytest.mark.consumer
+def test_llama_gguf_split_joins_them(llama, parts, tmp_path, llama_program):
+    llama_program("llama-gguf-split", "--merge", parts[0], tmp_path / "joined.gguf")
+    joined, whole = gguf.read_header(tmp_path / "joined.gguf"), gguf.read_header(llama[1])
+    assert {name: info.rows.tobytes() for name, info in joined.tensors.items()} == {name: info.rows.tobytes() for name, info in whole.tensors.items()}
+    assert {key: value for key, value in joined.raw.items() if not key.startswith("split.")} == whole.raw
+    llama_program("llama-gguf-split", "--split", "--split-max-tensors", 3, llama[1], tmp_path / "theirs")
+    theirs = gguf.open_file(tmp_path / "theirs-00002-of-00004.gguf")
+    assert theirs.shapes() == llama[0].shapes() and theirs.config == gguf.open_file(llama[1]).config
+
+
+def _with_value(path: Path, key: str, kind: str, old: int, new: int) -> None:
+    data, value = path.read_bytes(), lambda number: len(key.encode()).to_bytes(8, "little") + key.encode() + gguf_container.pack_value(kind, number)
+    assert data.count(value(old)) == 1
+    path.write_bytes(data.replace(value(old), value(new)))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "kind", "old", "new", "message"),
+    [
+        (1, "split.no", "u16", 1, 2, "00002-of-.*split.no is 2, and by its name it would be 1. The parts do not belong together"),
+        (0, "split.no", "u16", 0, 1, "00001-of-.*split.no is 1, and by its name it would be 0"),
+        (2, "split.count", "u16", None, 9, "00003-of-.*split.count is 9, and by its name it would be"),
+        (0, "split.tensors.count", "i32", 12, 13, "hold 12 tensors together; the first one says 13"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(parts, part, key, kind, old, new, message):
+    _with_value(parts[part], key, kind, len(parts) if old is None else old, new)
+    for path in (parts[0], parts[-1], parts[0].parent):
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(path)
+
+
+def test_parts_with_wrong_names_are_refused(parts):
+    count = len(parts)
+    for name in (f"model-00009-of-{count:05d}.gguf", "model-00000-of-00000.gguf", f"model-00000-of-{count:05d}.gguf"):
+        other = parts[0].with_name(name)
+        other.write_bytes(parts[0].read_bytes())
+        with pytest.raises(CheckpointError, match="there is no such part of"):
+            gguf.open_file(other)
+        other.unlink()
+    parts[1].rename(parts[1].with_name("alone.gguf"))
+    for path in (parts[0], parts[2]):
+        with pytest.raises(CheckpointError, match="model-00002-of-.* does not exist"):
+            gguf.open_file(path)
+    with pytest.raises(CheckpointError, match=f"holds {count} GGUF files; name one of them"):
+        open_checkpoint(parts[0].parent)

@@ -17,7 +17,8 @@ from lowbit.pipeline.convert import convert
 from lowbit.pipeline.streaming import Batch
 
 # fixture, variant, greatest difference of logits
-FOLDERS = [("hqq_folder", "mixed", 1e-4), ("bitnet", "bitlinear", 1e-4), ("bitnet", "auto", 1e-4), ("aqlm_folder", "2x8", 2e-3), ("torchao", "weights", 1e-4), ("fp8", "blocks", 1e-4), ("fp8", "tensor", 1e-4), ("mxfp4", "gpt-oss", 2e-3)]
+FOLDERS = [("hqq_folder", "mixed", 1e-4), ("bitnet", "bitlinear", 1e-4), ("bitnet", "auto", 1e-4), ("aqlm_folder", "2x8", 2e-3), ("torchao", "weights", 1e-4),
+           ("fp8", "blocks", 1e-4), ("fp8", "tensor", 1e-4), ("mxfp4", "gpt-oss", 2e-3)]
 
 
 @pytest.mark.parametrize(("name", "variant", "tolerance"), FOLDERS)
@@ -53,7 +54,9 @@ def test_written_back_as_it_was(peer_folder, tmp_path, name, variant):
     assert sections[0].keys() <= sections[1].keys()
 
 
-@pytest.mark.parametrize(("name", "variant", "recipe"), [("fp8", "blocks", "int4-sym-g32-gptq"), ("fp8", "tensor", "q4_0-rtn"), ("mxfp4", "gpt-oss", "int4-sym-g32-gptq"), ("mxfp4", "gpt-oss", "nvfp4-rtn")])
+@pytest.mark.parametrize(
+    ("name", "variant", "recipe"), [("fp8", "blocks", "int4-sym-g32-gptq"), ("fp8", "tensor", "q4_0-rtn"), ("mxfp4", "gpt-oss", "int4-sym-g32-gptq"), ("mxfp4", "gpt-oss", "nvfp4-rtn")]
+)
 def test_published_models_are_quantized(peer_folder, peer_ids, tmp_path, stream, text_file, name, variant, recipe):
     """To lowbit's own layout, which is read and run, and to dense weights, which transformers loads and computes the same with."""
     source, _, _ = peer_folder(name, variant)
@@ -90,14 +93,18 @@ def test_stacked_experts_come_back_as_they_were(peer_folder, tmp_path):
         ("fp8", "blocks", lambda t, c: t.pop("model.layers.0.mlp.up_proj.weight_scale_inv"), "has no weight_scale_inv"),
         ("fp8", "blocks", lambda t, c: c.update(weight_block_size=[0, 1]), "weight_block_size"), ("fp8", "blocks", lambda t, c: c.update(weight_block_size=[64, 64]), "needs float32"),
         ("fp8", "blocks", lambda t, c: t.update({"x.weight_scale_inv": torch.ones(1)}), "belongs to no weight"),
-        ("mxfp4", "gpt-oss", lambda t, c: t.pop("model.layers.0.mlp.experts.down_proj_scales"), "missing"), ("mxfp4", "gpt-oss", lambda t, c: t.update({"x_scales": torch.ones(1)}), "belongs to no blocks"),
+        ("mxfp4", "gpt-oss", lambda t, c: t.pop("model.layers.0.mlp.experts.down_proj_scales"), "missing"),
+        ("mxfp4", "gpt-oss", lambda t, c: t.update({"x_scales": torch.ones(1)}), "belongs to no blocks"),
         ("mxfp4", "gpt-oss", lambda t, c: t["model.layers.0.mlp.experts.down_proj_scales"].fill_(255), "is NaN in E8M0"),
         ("torchao", "weights", lambda t, c: t.pop("model.layers.0.self_attn.q_proj._weight_scale"), "is missing"),
         ("torchao", "weights", lambda t, c: t["model.layers.0.self_attn.q_proj._weight_qdata"].fill_(100), "outside of 4 bits"), ("torchao", "activations", lambda t, c: None, "rounded inputs"),
-        ("hqq_folder", "mixed", lambda t, c: t.pop("model.layers.0.self_attn.q_proj.zero"), "has no zero"), ("hqq_folder", "mixed", lambda t, c: t["model.layers.0.self_attn.q_proj.axis"].fill_(7), "axis 7"),
-        ("hqq_folder", "mixed", lambda t, c: t["model.layers.0.self_attn.q_proj.shape"].fill_(-3), "expected [N, K]"), ("hqq_folder", "mixed", lambda t, c: t["model.layers.0.self_attn.q_proj.scale"].fill_(float("nan")), "NaN"),
+        ("hqq_folder", "mixed", lambda t, c: t.pop("model.layers.0.self_attn.q_proj.zero"), "has no zero"),
+        ("hqq_folder", "mixed", lambda t, c: t["model.layers.0.self_attn.q_proj.axis"].fill_(7), "axis 7"),
+        ("hqq_folder", "mixed", lambda t, c: t["model.layers.0.self_attn.q_proj.shape"].fill_(-3), "expected [N, K]"),
+        ("hqq_folder", "mixed", lambda t, c: t["model.layers.0.self_attn.q_proj.scale"].fill_(float("nan")), "NaN"),
         ("aqlm_folder", "2x8", lambda t, c: c.update(num_codebooks=3), "needs torch.int8"), ("aqlm_folder", "2x8", lambda t, c: c.update(out_group_size=2), "groups of 1 x 8"),
-        ("bitnet", "auto", lambda t, c: t["model.layers.0.self_attn.q_proj.weight"].fill_(255), "code is 3"), ("bitnet", "auto", lambda t, c: t.pop("model.layers.0.self_attn.q_proj.weight_scale"), "has no weight_scale"),
+        ("bitnet", "auto", lambda t, c: t["model.layers.0.self_attn.q_proj.weight"].fill_(255), "code is 3"),
+        ("bitnet", "auto", lambda t, c: t.pop("model.layers.0.self_attn.q_proj.weight_scale"), "has no weight_scale"),
         ("bitnet", "bitlinear", lambda t, c: t["model.layers.0.self_attn.q_proj.weight_scale"].fill_(0), "damaged"), ("bitnet", "auto", lambda t, c: c.update(use_rms_norm=True), "use_rms_norm"),
     ],
 )  # fmt: skip

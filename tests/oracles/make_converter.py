@@ -153,7 +153,8 @@ def main(checkout: str) -> None:
             files = {file.name: file.read_text(encoding="utf-8") for file in sorted(path.glob("*")) if file.name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")}
             files["tokenizer.json"] = json.dumps(json.loads(files["tokenizer.json"]), ensure_ascii=False, separators=(",", ":"))
             found["tokenizers"][name] = {"files": files, "rows": size + 3, "metadata": values}
-    lines = [f'"{kind}":{{\n' + ",\n".join(f"{json.dumps(key)}:{json.dumps(value, ensure_ascii=False, separators=(',', ':'))}" for key, value in entries.items()) + "}" for kind, entries in found.items()]
+    line = lambda key, value: f"{json.dumps(key)}:{json.dumps(value, ensure_ascii=False, separators=(',', ':'))}"
+    lines = [f'"{kind}":{{\n' + ",\n".join(line(key, value) for key, value in entries.items()) + "}" for kind, entries in found.items()]
     Path(__file__).with_name("converter.json").write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
 
 

@@ -36,7 +36,8 @@ def metadata(path):
 def test_beside_a_folder(result):
     head, text = metadata(result / "README.md")
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lowbit", "quantized", "compressed-tensors"]}
-    for part in ("`int4-sym-g32-gptq`", "| method | gptq |", "4 windows of 32 tokens", "21 matrices", "Relative squared error", 'from_pretrained("path-to-this-model"', "pip install transformers accelerate compressed-tensors"):
+    lines = ('from_pretrained("path-to-this-model"', "pip install transformers accelerate compressed-tensors")
+    for part in ("`int4-sym-g32-gptq`", "| method | gptq |", "4 windows of 32 tokens", "21 matrices", "Relative squared error", *lines):
         assert part in text
     assert str(result.parent) not in text
 

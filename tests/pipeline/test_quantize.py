@@ -245,7 +245,7 @@ def test_q4_k_falls_back_and_says_so(save_model, tmp_path):
     assert open_checkpoint(result.path).quantized["model.layers.0.mlp.up_proj.weight"].scheme.format == "q5_0"
 
 
-@pytest.mark.parametrize(("recipe", "file_type"), [("q4_k_m", 15), ("q3_k_l-gptq", 13), ("q2_k_s-weighted", 21)])
+@pytest.mark.parametrize(("recipe", "file_type"), [("q4_k_m", 15), ("q3_k_l-gptq", 13), ("q2_k_s", 21)])
 def test_a_mixture_is_written_as_llama_quantize_would(save_model, text_file, tmp_path, recipe, file_type):
     """The types of oracles/mixtures.json for a Llama of this shape."""
     folder = save_model("llama", tmp_path / "m", hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
@@ -263,7 +263,35 @@ def test_a_mixture_is_written_as_llama_quantize_would(save_model, text_file, tmp
 
 def test_q2_k_s_without_importance_is_refused(save_model, tmp_path):
     folder = save_model("llama", tmp_path / "m", hidden_size=256, intermediate_size=256)
-    refused(RecipeError, "q2_k_s leaves 21 matrices in Q2_K, which are garbage without importance .* Use q2_k_s-weighted", folder, "q2_k_s", tmp_path / "out.gguf")
+    refused(RecipeError, "q2_k_s leaves 21 matrices in Q2_K, which are garbage without importance .* Use q2_k_s-weighted", folder, "q2_k_s-rtn", tmp_path / "out.gguf")
+
+
+# ---- files of a largest size
+
+
+@pytest.mark.parametrize(("recipe", "target_name"), [("q4_0", "gguf"), ("int4-sym-g32-rtn", None), ("int4-sym-g32-rtn", "gptq")])
+def test_a_shard_size_is_kept(model_folder, tmp_path, recipe, target_name):
+    """The same model as in one piece; GGUF parts in a folder, which is opened as one."""
+    folder = model_folder("llama")
+    whole = quantize(folder, recipe, tmp_path / ("one.gguf" if target_name == "gguf" else "one"), target_name=target_name)
+    made = quantize(folder, recipe, tmp_path / "many", target_name=target_name, max_shard_size="20kB")
+    files = sorted(path for path in made.path.iterdir() if path.suffix in (".gguf", ".safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}{files[0].suffix}"
+    ours, theirs = open_checkpoint(made.path), open_checkpoint(whole.path)
+    assert ours.shapes() == theirs.shapes() and all(torch.equal(ours.dense(name), theirs.dense(name)) for name in theirs.shapes())
+    assert made.provenance == whole.provenance
+    for kind in ("gguf", "safetensors") if target_name == "gguf" else ("safetensors",):
+        again = convert(made.path, kind, tmp_path / f"again-{kind}", max_shard_size=20_000).path
+        assert len(list(again.glob("model-000??-of-*"))) > 2 and open_checkpoint(again).shapes() == theirs.shapes()
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.work"))
+
+
+def test_shard_sizes_that_cannot_be(model_folder, tmp_path):
+    folder = model_folder("llama")
+    message = "becomes several files, which go into a folder, and .*out.gguf is named like a file. Give -o a folder's name, and --to gguf"
+    refused(RecipeError, message, folder, "q4_0", tmp_path / "out.gguf", max_shard_size="1GB")
+    refused(ResourceError, "the size 'big' is not understood", folder, "int4-sym-g32-rtn", tmp_path / "out", max_shard_size="big")
+    refused(RecipeError, "max_shard_size is 0; expected a size such as 5GB", folder, "int4-sym-g32-rtn", tmp_path / "out", max_shard_size=0)
 
 
 # ---- true-sequential

@@ -177,7 +177,8 @@ def test_rules_win_over_a_mixture_and_name_one_type(tmp_path):
 
 def test_a_mixture_is_for_gguf_only():
     with pytest.raises(RecipeError, match="q4_k_m is a mixture of block types, which only a GGUF file holds. Write it with --to gguf"):
-        settled("q4_k_m")
+        settled("q4_k_m", target_name="compressed-tensors")
+    assert settled("q4_k_m").target == "gguf"
     assert settled("q4_0", target_name="safetensors").mixture is None
     with pytest.raises(RecipeError, match="mixture 'q9_k' is not known; expected one of q2_k, "):
         recipes.resolve(Recipe("mine", Scheme(format="q4_k"), "rtn", mixture="q9_k", target="gguf"), LAYERS, OUTSIDE, LLAMA)
@@ -227,7 +228,7 @@ def test_k_quants_fall_back_as_llama_quantize_does():
 
 @pytest.mark.parametrize(("text", "other"), [("iq4_xs", "iq4_nl"), ("tq2_0", "q4_0"), ("tq1_0", "q4_0")])
 def test_types_of_256_fall_back_as_llama_quantize_does(text, other):
-    plans = resolved(text, target_name="gguf", linears={"a.weight": (64, 576), "b.weight": (64, 512), "c.weight": (64, 545)})
+    plans = resolved(f"{text}-pure", target_name="gguf", linears={"a.weight": (64, 576), "b.weight": (64, 512), "c.weight": (64, 545)})
     assert [plan.scheme.format for plan in plans.values()][:3] == [other, text, "float16"]
 
 

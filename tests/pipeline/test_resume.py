@@ -15,7 +15,7 @@ from lowbit.pipeline.quantize import quantize
 PRELUDE = """
 import os, signal
 from pathlib import Path
-import lowbit.checkpoints.gguf as gguf
+import lowbit.checkpoints.gguf_container as gguf_container
 import lowbit.pipeline.job as job_module
 from lowbit.checkpoints.safetensors import ShardWriter
 from lowbit.errors import LowbitError
@@ -63,7 +63,7 @@ POINTS = {
     "block 1 is done": "die_at(Job, 'save', 2, after=True)",
     "running block 2": "die_at(Streamer, 'run_block', 19)",
     "block 2 is done": "die_at(Job, 'save', 3, after=True)",
-    "writing the output": "die_at(ShardWriter, 'add', 6); die_at(gguf, '_write_tensor', 6)",
+    "writing the output": "die_at(ShardWriter, 'add', 6); die_at(gguf_container, '_write_tensor', 6)",
     "the output is whole": "die_at(Job, 'finish', 1)",
     "the output is said to be whole": "die_at(Job, 'finish', 1, after=True)",
     "the output has its name": "die_at(Job, 'remove', 1)",
@@ -264,7 +264,7 @@ MOMENTS = {
     "the key": "before(Job, '__init__', 1, fill)",
     "a block": "before(Job, 'save', 2, fill)",
     "a block's record": "before(job_module, 'write_text', 3, fill)",
-    "the output": "before(ShardWriter, 'add', 3, fill); before(gguf, '_write_tensor', 3, fill)",
+    "the output": "before(ShardWriter, 'add', 3, fill); before(gguf_container, '_write_tensor', 3, fill)",
     "the end": "before(Job, 'finish', 1, fill)",
 }
 
@@ -326,4 +326,4 @@ def test_a_target_that_cannot_be_written(dense, tmp_path):
 
 def test_job_folder_is_described_by_its_key(dense, interrupted):
     key = json.loads((interrupted.with_name("out.work") / "job.json").read_text())
-    assert {"lowbit", "torch", "transformers", "model", "weights", "recipe", "data", "dtype", "device", "threads"} == set(key)
+    assert {"lowbit", "torch", "transformers", "model", "weights", "recipe", "data", "dtype", "device", "threads", "max_shard_size"} == set(key)

@@ -119,7 +119,8 @@ def test_an_answer_within_a_character_counts_for_nothing():
 @pytest.mark.parametrize(
     ("target", "recipe", "verdict"),
     [
-        ("compressed-tensors", "int4-sym-g32-rtn", "rules kept"), ("compressed-tensors", "int3-asym-g32-rtn", "rules kept"), ("compressed-tensors", "int4-tensor-rtn", "is refused for packed integers"),
+        ("compressed-tensors", "int4-sym-g32-rtn", "rules kept"), ("compressed-tensors", "int3-asym-g32-rtn", "rules kept"),
+        ("compressed-tensors", "int4-tensor-rtn", "is refused for packed integers"),
         ("compressed-tensors", "int4-sym-g32-rtn-a8", "8-bit weights"), ("compressed-tensors", "w8a8", "rules kept"), ("gptq", "int3-asym-g32-rtn", "symmetric 4 and 8 bits"),
         ("gptq", "int4-sym-g32-rtn", "rules kept"), ("gptq", "int4-sym-g64-rtn", "rules kept"), ("awq", "int4-asym-g32-rtn", "rules kept"), ("auto-round", "int4-asym-g32-rtn", "rules kept"),
         ("auto-round", "int3-asym-g32-rtn", "packing_format"), ("hqq", "int4-asym-g32-hqq", "refused"), ("bitsandbytes", "nf4-rtn", "plugin"), ("compressed-tensors", "nvfp4-rtn", "rules kept"),
