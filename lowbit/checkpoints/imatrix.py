@@ -30,6 +30,7 @@ from .gguf_container import Header, Planned, pack_value, read_header, write_file
 from .safetensors import sync
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+MOST_BYTES = 4_000_000_000  # of a file: a float for each input of each expert of each layer
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Imatrix:
 
 def read_imatrix(path: Path) -> Imatrix:
     """Read an importance matrix of either form. Raises CheckpointError for a damaged file, NaN, infinity and negative values."""
+    if path.exists() and (not path.is_file() or path.stat().st_size > MOST_BYTES):
+        raise CheckpointError(f"{path} {f'has {path.stat().st_size:,} bytes; expected at most {MOST_BYTES:,}' if path.is_file() else 'is no file'}.")
     try:
         with open(path, "rb") as file:
             old = file.read(4) != b"GGUF"

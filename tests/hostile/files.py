@@ -459,8 +459,8 @@ GGUFS = (
     Case("epsilon is NaN", metadata(llama__attention__layer_norm_rms_epsilon=("f32", float("nan"))), "logits that are all NaN", "is not a finite number"),
     Case("no context length", metadata(llama__context_length=None), "what llama.cpp asks for", "lacks llama.context_length"),
     Case("one part of three", metadata(split__count=("u32", 3)), "a part of a model", "one part of 3"),
-    Case("parts 0 of 0", written(b"GGUF".ljust(64), "a-00000-of-00000.gguf"), "a name that counts nothing", "part 0 of 0"),
-    Case("part 3 of 2", written(b"GGUF".ljust(64), "a-00003-of-00002.gguf"), "a name that contradicts itself", "part 3 of 2"),
+    Case("parts 0 of 0", written(b"GGUF".ljust(64), "a-00000-of-00000.gguf"), "a name that counts nothing", "there is no such part of 0 files"),
+    Case("part 3 of 2", written(b"GGUF".ljust(64), "a-00003-of-00002.gguf"), "a name that contradicts itself", "there is no such part of 2 files"),
     Case("part 1 of 99999", lambda folder: written(sound_gguf(), "a-00001-of-99999.gguf")(folder), "a loop over files", "a-00002-of-99999.gguf does not exist"),
     Case("provenance is no JSON", metadata(lowbit__provenance=("string", "{")), "truncated JSON", "lowbit.provenance cannot be read as JSON"),
     Case("provenance is a number", metadata(lowbit__provenance=("u32", 1)), "a value of another kind", "lowbit.provenance is a int; expected JSON"),
@@ -476,6 +476,39 @@ GGUFS = (
     Case("matrix missing", stored(lambda tensors: tensors.pop("blk.0.ffn_up.weight")), "a parameter that would be noise", "mlp.up_proj", late=True),
     Case("matrix of another shape", replaced("blk.0.ffn_up.weight", 0, (64, 32), bytes(64 * 32 * 4)), "config and weights that do not belong together", r"has shape \[64, 32\]", late=True),
     Case("scale is NaN", replaced("blk.0.attn_q.weight", 2, (64, 64), b"\xff" * (64 * 36)), "blocks that decode to NaN", "values are NaN", late=True),
+)  # fmt: skip
+
+
+def old_imatrix(*numbers: int | float | bytes) -> Callable[[Path], Path]:
+    """An importance matrix of the older form: int32, float32 and bytes in turn."""
+    return written(b"".join(n if isinstance(n, bytes) else struct.pack("<f" if isinstance(n, float) else "<i", n) for n in numbers), "bad.dat")
+
+
+def imatrix(**tensors: torch.Tensor) -> Callable[[Path], Path]:
+    """An importance matrix as GGUF, of these tensors (float32)."""
+    raw = {"general.type": pack_value("string", "imatrix")}
+    return written(joined(raw, [Stored(name.replace("__", "."), 0, tuple(t.shape), t.float().contiguous().numpy().tobytes()) for name, t in tensors.items()]), "bad.gguf")
+
+
+IMATRICES = (
+    Case("nothing", written(b"", "bad.dat"), "an interrupted download", "is announced at byte 0"),
+    Case("text", written(b"entries: 3", "bad.dat"), "another file", "no importance matrix"),
+    Case("a pipe", lambda folder: os.mkfifo(folder / "x.dat") or folder / "x.dat", "reading it would wait for ever", "is no file"),
+    Case("a terabyte", lambda folder: sparse(1 << 40)(folder / "x.dat") or folder / "x.dat", "a sparse file that fills the memory", "1,099,511,627,776 bytes"),
+    Case("2^31 - 1 entries", old_imatrix(2**31 - 1), "a loop of hours", "is announced at byte 4"),
+    Case("-1 entries", old_imatrix(-1), "a loop that never begins", "the number of entries is -1"),
+    Case("a name of 2^31 - 1 bytes", old_imatrix(1, 2**31 - 1, b"abc"), "a length beyond the file", "a name of 2,147,483,647 bytes is announced"),
+    Case("a name that is no text", old_imatrix(1, 2, b"\xff\xfe", 1, 1, 1.0), "bytes that are no UTF-8", "is not UTF-8 text"),
+    Case("-1 values", old_imatrix(1, 1, b"a", 1, -1), "a negative size", "the number of values is -1"),
+    Case("2^30 values", old_imatrix(1, 1, b"a", 1, 2**30, 1.0), "a product that overflows", "4,294,967,296 bytes is announced"),
+    Case("a name twice", old_imatrix(2, 1, b"a", 1, 1, 1.0, 1, b"a", 1, 1, 1.0), "which of them counts?", "a is there twice"),
+    Case("NaN", old_imatrix(1, 1, b"a", 1, 1, float("nan")), "a weight that is none", "holds NaN, infinite or negative values"),
+    Case("negative", old_imatrix(1, 1, b"a", 1, 1, -1.0), "a square that is none", "holds NaN, infinite or negative values"),
+    Case("another GGUF", written(joined({}, [])), "a model instead", "GGUF of type None; expected an importance matrix"),
+    Case("no importance", imatrix(), "a file without tensors", "holds no importance"),
+    Case("sums without counts", imatrix(a__in_sum2=torch.ones(2)), "half of a pair", "a.counts is not"),
+    Case("counts that do not divide", imatrix(a__in_sum2=torch.ones(4), a__counts=torch.ones(3)), "shapes that contradict each other", "which its 3 counts do not divide"),
+    Case("infinite counts", imatrix(a__in_sum2=torch.ones(4), a__counts=torch.full((1,), float("inf"))), "a number that is none", "holds NaN, infinite or negative values"),
 )  # fmt: skip
 
 

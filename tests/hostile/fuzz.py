@@ -1,8 +1,9 @@
 """Coverage-guided fuzzing of whatever lowbit reads: python tests/hostile/fuzz.py TARGET [seconds] [corpus]
 
 Targets: gguf (the header's bytes), safetensors (the header's bytes), config (config.json, up to the skeleton), index (model.safetensors.index.json), provenance (lowbit.json),
-recipe (TOML), tokenizer (tokenizer.json, as GGUF metadata), layouts (any layout of layouts.py, or one: layout:NAME; tensors and settings are damaged as the bytes say), numbers (decoders
-of decoders.py). Only lowbit's own errors may come out. seconds: how long (default 60). corpus: a folder where inputs that reach new code are kept (default: a temporary one).
+recipe (TOML), tokenizer (tokenizer.json, as GGUF metadata), imatrix (an importance matrix), layouts (any layout of layouts.py, or one: layout:NAME; tensors and settings are damaged
+as the bytes say), numbers (decoders of decoders.py). Only lowbit's own errors may come out. seconds: how long (default 60). corpus: a folder where inputs that reach new code are
+kept (default: a temporary one).
 
 Needs atheris (pip install atheris; wheels for Linux and CPython 3.11 and newer). An input that makes something else happen is written to crash-..., hang or memory to timeout-...
 and oom-... in the current folder; python tests/hostile/fuzz.py TARGET FILE runs it again. What was found becomes a case in files.py or one of the tests here.
@@ -29,6 +30,7 @@ with atheris.instrument_imports(include=["lowbit"]):
     from hostile import decoders, files, layouts
 
     from lowbit.checkpoints import gguf_tokenizer, open_checkpoint
+    from lowbit.checkpoints.imatrix import read_imatrix
     from lowbit.errors import LowbitError
     from lowbit.models import skeleton as sk
     from lowbit.pipeline import recipes
@@ -162,6 +164,7 @@ VALUES = (
     *layouts.ABSURD, True, False, 0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 1.5, float("nan"), "int", "float", "group", "tensor", "channel", "token", "tensor_group", "nf4", "fp4", "gptq", "awq",
     [1], {"a": 1},
 )  # fmt: skip
+PARTS = ("weight", "weight_scale", "qzeros", "g_idx", "SCB", "weight_packed", "weight_shape", "scales", "W_q", "codes", "scale", "bias", "")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn)
 
 
@@ -191,8 +194,7 @@ def damage_tensor(tensors: dict, provider) -> None:
     if action == 0:
         return
     if action == 1:
-        name = name.rpartition(".")[0] + "."
-        name += provider.PickValueInList(["weight", "weight_scale", "qzeros", "g_idx", "SCB", "weight_packed", "weight_shape", "scales", "W_q", "codes", "scale", "bias", ""])
+        name = name.rpartition(".")[0] + "." + provider.PickValueInList(list(PARTS))
     elif action == 2:
         tensor = tensor.float().to(provider.PickValueInList(list(DTYPES)))
     elif action == 3:
@@ -241,6 +243,18 @@ def damage_setting(data: dict, provider) -> None:
         return
 
 
+def fuzz_imatrix(folder: Path) -> tuple[Run, Iterable[bytes]]:
+    """An importance matrix of either form, as it comes."""
+    path = folder / "x.dat"
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        read_imatrix(path)
+
+    sound = {"a__in_sum2": torch.ones(2, 4), "a__counts": torch.ones(2, 1)}
+    return run, [files.imatrix(**sound)(folder).read_bytes(), files.old_imatrix(1, 1, b"a", 1, 2, 1.0, 1.0, 3, 1, b"b")(folder).read_bytes()]
+
+
 def fuzz_numbers(folder: Path) -> tuple[Run, Iterable[bytes]]:
     names = list(decoders.DECODERS)
     return lambda data: decoders.DECODERS[names[data[0] % len(names)]](data[1:]) if data else None, [bytes([i]) + bytes(range(64)) for i in range(len(names))]
@@ -254,6 +268,7 @@ TARGETS: dict[str, Callable[[Path], tuple[Run, Iterable[bytes]]]] = {
     "provenance": fuzz_provenance,
     "recipe": fuzz_recipe,
     "tokenizer": fuzz_tokenizer,
+    "imatrix": fuzz_imatrix,
     "layouts": fuzz_layouts,
     "numbers": fuzz_numbers,
 }

@@ -10,6 +10,7 @@ from hostile.files import PROVENANCE, RECIPE, RECORD, SHAPES, toml
 from hostile.layouts import ROWS, damaged_values
 
 from lowbit.checkpoints import gguf, gguf_tokenizer, open_checkpoint
+from lowbit.checkpoints.imatrix import read_imatrix
 from lowbit.errors import LowbitError
 from lowbit.pipeline import recipes
 from lowbit.pipeline.card import card_of
@@ -66,6 +67,13 @@ def test_every_value_of_a_recipe(tmp_path, bounded):
         except LowbitError:
             refused.add(what)
     assert "sound" not in refused and {"scheme removed", "scheme = -1", "calibration.n_samples = -1", "rules = {}", "transforms.awq = 'x'"} <= refused
+
+
+@pytest.mark.parametrize("case", files.IMATRICES, ids=lambda case: case.name)
+def test_importance_matrices(tmp_path, bounded, case):
+    path = case.make(tmp_path)
+    with bounded(), pytest.raises(LowbitError, match=case.message):
+        read_imatrix(path)
 
 
 # --------------------------------------------------------------------------------------------------------------- tokenizers

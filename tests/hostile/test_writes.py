@@ -19,11 +19,10 @@ from lowbit.pipeline.push import push
 PRELUDE = """
 import os, signal, shutil
 from pathlib import Path
-import lowbit.checkpoints.gguf as gguf
+import lowbit.checkpoints.gguf_container as gguf
 import lowbit.checkpoints.safetensors as st
 import lowbit.pipeline.output as output
 from lowbit.pipeline.convert import convert
-from lowbit.pipeline.push import push
 
 def die_at(owner, name, number):
     original, count = getattr(owner, name), [0]
