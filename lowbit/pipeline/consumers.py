@@ -114,6 +114,8 @@ def _compressed_tensors(checkpoint: Checkpoint, auto: str) -> Consumer:
     asymmetric = any(scheme.format == INT and not scheme.symmetric and scheme.act is None for scheme in schemes)
     whole, packages = "transformers with compressed-tensors", {"compressed_tensors": "compressed-tensors"}
     if len(schemes) == 1 and (asymmetric or floats) and not any(scheme.act for scheme in schemes):
-        return Consumer(whole, DEQUANTIZED.format(auto=auto), packages, decodes_to="bfloat16" if any(scheme.format == "nvfp4" for scheme in schemes) else None)
+        (scheme,) = schemes
+        decodes_to = scheme.scale_dtype if scheme.format == INT else "bfloat16" if scheme.format == "nvfp4" else None  # the library rounds its products so
+        return Consumer(whole, DEQUANTIZED.format(auto=auto), packages, decodes_to=decodes_to)
     note = "transformers 5.23 does not read asymmetric layers among several schemes; vLLM does." if len(schemes) > 1 and asymmetric else ""
     return Consumer(whole, PLAIN.format(auto=auto), packages, note=note)
