@@ -22,6 +22,7 @@ app = typer.Typer(
     epilog="First steps: **lowbit demo**, then **lowbit quantize MODEL -o OUT** and **lowbit compare OUT --against MODEL**.",
 )
 
+LAYOUTS = "compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes, hqq, aqlm, bitnet, torchao, lowbit or safetensors"
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id (org/name) or a .gguf file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines, no progress.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda where there is one).", show_default=False)]
@@ -91,7 +92,7 @@ def quantize(
     model: Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A new folder, or a .gguf file (default: MODEL-RECIPE here).", show_default=False)] = None,
     recipe: Annotated[str | None, typer.Option(help='A preset, a .toml file or words joined by "-" such as int4-asym-g128-gptq; "list" shows what there is.', show_default=False)] = None,
-    to: Annotated[str | None, typer.Option(help="compressed-tensors (default), gguf, gptq, awq, auto-round, bitsandbytes or safetensors (dense weights on the grid).", show_default=False)] = None,
+    to: Annotated[str | None, typer.Option(help=f"{LAYOUTS} (dense weights on the grid). Default: the first that holds the recipe.", show_default=False)] = None,
     calibration: CalibrationText = None,
     imatrix: Annotated[Path | None, typer.Option(help="An importance matrix of llama.cpp (.gguf or .dat) in place of calibration, for plain rounding.", show_default=False)] = None,
     n_samples: Samples = None,
@@ -360,7 +361,7 @@ def _show(comparison, as_json: bool, html: Path | None, timing=None) -> None:
 @app.command()
 def convert(
     model: Model,
-    to: Annotated[str, typer.Option(help="compressed-tensors, gguf, gptq, awq, auto-round, bitsandbytes or safetensors.", show_default=False)],
+    to: Annotated[str, typer.Option(help=f"{LAYOUTS}.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder or .gguf file.", show_default=False)],
     outside: Annotated[str | None, typer.Option(help="A ggml type or cast for embedding and head, e.g. q8_0 (default: kept).", show_default=False)] = None,
     requantize: Annotated[str | None, typer.Option(help="Round the decoded values anew by this recipe (no data), where codes cannot be kept, e.g. q4_k.", show_default=False)] = None,
