@@ -63,6 +63,7 @@ class FromSafetensors(AutoHQQHFModel):  # hqq itself reads only its pickles
             for name, value in load_file(file).items():
                 module, _, part = name.rpartition(".")
                 modules.setdefault(module, {})[part] = value
+        modules.setdefault("lm_head", modules.get("model.embed_tokens"))  # where the head is tied to the embedding
         return modules
 
 model = FromSafetensors.from_quantized($path, compute_dtype=$dtype, device="cpu")"""
