@@ -278,8 +278,12 @@ def _compare_logits(skeleton: sk.Skeleton, ids: list[list[int]], theirs: Tensor,
     if not math.isfinite(found.difference):
         found.problems.append("the consumer's logits are not finite.")
     elif rounds:
-        if found.kl > ROUNDED_KL:
-            found.problems.append(f"mean KL divergence of the consumer's logits to ours is {found.kl:.3g}; with rounded inputs at most {ROUNDED_KL} is expected.")
+        allowed = ROUNDED_KL
+        if found.kl > allowed and dtype != "float32":  # in half precision many inputs fall to another code: as much as that moves our own logits is no difference
+            allowed = max(allowed, 2 * kl(_ours(skeleton, ids, torch.float32, decode_to), ours))
+            found.notes.append(f"The model runs in {dtype} only, which alone moves our own logits by half of a mean KL divergence of {allowed:.3g}.")
+        if found.kl > allowed:
+            found.problems.append(f"mean KL divergence of the consumer's logits to ours is {found.kl:.3g}; with rounded inputs at most {allowed:.3g} is expected.")
     elif found.difference > TOLERANCES[dtype]:
         found.problems.append(f"logits differ by {found.difference:.3g} of the largest; at most {TOLERANCES[dtype]:g} is expected in {dtype}.")
 
