@@ -466,7 +466,7 @@ def _copied_metadata(source: Header, planned: list[Planned], provenance: Mapping
 def _importance_metadata(provenance: Mapping) -> dict[str, bytes]:
     """What llama-quantize says of the importance matrix that was used."""
     match provenance.get("imatrix"):
-        case {"file": str(file), "datasets": list(datasets), "entries": int(entries), "chunks": int(chunks)} if min(entries, chunks) >= 0:
+        case {"file": str(file), "datasets": list(datasets), "entries": int(entries), "chunks": int(chunks)} if min(entries, chunks) >= 0 and max(entries, chunks) < 1 << 32:
             values = {"file": ("string", file), "dataset": ("string", ", ".join(map(str, datasets))), "entries_count": ("u32", entries), "chunks_count": ("u32", chunks)}
             return {f"quantize.imatrix.{key}": pack_value(kind, value) for key, (kind, value) in values.items()}
     return {}

@@ -61,7 +61,7 @@ MIXTURES: dict[str, Mixture] = {
     "iq4_xs": Mixture("iq4_xs", 30, "IQ4_XS, with Q5_K where it matters", attn_v=(("4 queries a key", "q5_k"),), ffn_down=(("first eighth, plain", "q5_k"),)),
     "tq1_0": Mixture("tq1_0", 36, "TQ1_0 for ternary models, the embedding in Q4_K", token_embd="q4_k"),
     "tq2_0": Mixture("tq2_0", 37, "TQ2_0 for ternary models, the embedding in Q4_K", token_embd="q4_k"),
-    "mxfp4_moe": Mixture("mxfp4", 38, "MXFP4 for experts, Q8_0 for the rest", output="q8_0"),
+    "mxfp4_moe": Mixture("ggml_mxfp4", 38, "MXFP4 for experts, Q8_0 for the rest", output="q8_0"),
 }  # fmt: skip
 
 # Of a model with eight experts every expert is large and attention small: its values and keys become Q8_0, its output Q5_K in these mixtures.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import torch
@@ -124,7 +124,7 @@ def _run_without_data(setup: Setup, job: Job, first: int, peak: resources.PeakMe
             block = sk.load_module(setup.skeleton, setup.skeleton.block_name(index), torch.float32, setup.device)
             tensors: dict[str, QuantizedTensor] = {}
             records: dict[str, dict] = {}
-            for linears in [[linear] for linear in setup.linears[index]] if setup.importance else _one_layer(setup.linears[index]):
+            for linears in _one_layer(setup.linears[index], setup.importance):
                 stats = setup.importance.get(linears[0].name, LayerStats())
                 made, record = quantize_group(block, InputGroup(linears, stats), setup.plans, _dtypes(setup, linears))
                 for name in record:
@@ -138,13 +138,15 @@ def _run_without_data(setup: Setup, job: Job, first: int, peak: resources.PeakMe
             advance()
 
 
-def _one_layer(linears: list[Linear]) -> list[list[Linear]]:
-    """The matrices of a block in sets: the parts of what programs make one layer (arch.FUSED) together."""
+def _one_layer(linears: list[Linear], importance: Mapping[str, LayerStats]) -> list[list[Linear]]:
+    """The matrices of a block in sets: the parts of what programs make one layer (arch.FUSED) together, if an importance matrix says the same of their inputs."""
     sets: dict[tuple, list[Linear]] = {}
     for linear in linears:
         owner, _, leaf = linear.name.removesuffix(".weight").rpartition(".")
         parts = next((parts for parts in FUSED if leaf in parts), (leaf,))
-        sets.setdefault((owner, parts, linear.expert), []).append(linear)
+        known = importance.get(linear.name, LayerStats())
+        inputs = None if known.sum_sq is None else known.sum_sq.numpy().tobytes()
+        sets.setdefault((owner, parts, linear.expert, known.n_tokens, inputs), []).append(linear)
     return list(sets.values())
 
 

@@ -35,13 +35,13 @@ def card_of(path: Path, *, base: str) -> str:
     """The card of a folder or a GGUF file (of any name); CheckpointError for a provenance that lowbit did not write."""
     checkpoint = gguf.open_file(path) if path.is_file() else open_checkpoint(path)
     try:
-        return render(checkpoint, base=base)
+        return render(checkpoint, base=base, in_folder=path.is_dir())
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: its provenance is not what lowbit writes ({type(error).__name__}: {error}).") from error
 
 
-def render(checkpoint: Checkpoint, *, base: str) -> str:
-    """The card as Markdown with YAML metadata; the same for the same checkpoint, wherever it lies (NAME stands for its place, until it is pushed)."""
+def render(checkpoint: Checkpoint, *, base: str, in_folder: bool) -> str:
+    """The card as Markdown with YAML metadata; the same for the same checkpoint, wherever it lies (NAME stands for its place, until it is pushed). in_folder: NAME is a folder, not a file."""
     consumer, provenance = consumer_of(checkpoint), checkpoint.provenance
     found = provenance.get("recipe")
     recipe: dict = found if isinstance(found, dict) else {}
@@ -52,8 +52,9 @@ def render(checkpoint: Checkpoint, *, base: str) -> str:
     metadata += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]
     link = f"[{base}](https://huggingface.co/{base})" if on_hub else base
     title = f"# {', '.join(filter(None, (base.rpartition('/')[2], recipe.get('name'))))}\n\n{link}, quantized with {' '.join(filter(None, ('lowbit', provenance.get('lowbit'))))}."
+    loading = _loading(checkpoint, consumer, in_folder=in_folder)
     sections = [
-        "\n".join(metadata), title, _facts(checkpoint, recipe, provenance), _loading(checkpoint, consumer), f"{BEGIN}\n{_layer_errors(provenance)}\n{END}", _notes(provenance)
+        "\n".join(metadata), title, _facts(checkpoint, recipe, provenance), loading, f"{BEGIN}\n{_layer_errors(provenance)}\n{END}", _notes(provenance)
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -72,14 +73,13 @@ def _facts(checkpoint: Checkpoint, recipe: Mapping, provenance: Mapping) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value)])
 
 
-def _loading(checkpoint: Checkpoint, consumer: Consumer) -> str:
-    name = f"{NAME}.gguf" if checkpoint.kind == "gguf" else NAME
+def _loading(checkpoint: Checkpoint, consumer: Consumer, *, in_folder: bool) -> str:
+    name = NAME if checkpoint.kind != "gguf" else f"{NAME}/{checkpoint.path.name}" if in_folder else f"{NAME}.gguf"
     fence = "sh" if consumer.name == "llama.cpp" else "python"
-    file = f"{name}/{checkpoint.path.name}" if checkpoint.kind == "gguf" and not name.endswith(".gguf") else name  # the first part of a split one
     before = "".join(f"import os\nos.environ[{key!r}] = {value!r}\n" for key, value in consumer.environment.items())
     note = f"\n\n{consumer.note}" if consumer.note else ""
     own = "\n\nlowbit itself runs it, too: `model = lowbit.load(" + json.dumps(name) + ")`." if consumer.name != "transformers" else ""
-    return f"## Use\n\n`{consumer.install}`\n\n```{fence}\n{before}{consumer.lines(file)}\n```{note}{own}"
+    return f"## Use\n\n`{consumer.install}`\n\n```{fence}\n{before}{consumer.lines(name)}\n```{note}{own}"
 
 
 def _layer_errors(provenance: Mapping) -> str:

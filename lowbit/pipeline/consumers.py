@@ -54,7 +54,7 @@ from hqq.models.hf.base import AutoHQQHFModel
 class FromSafetensors(AutoHQQHFModel):  # hqq itself reads only its pickles
     @classmethod
     def get_weight_file(cls, folder):
-        return folder + "/model.safetensors"
+        return glob.glob(folder + "/*.safetensors")[0]
 
     @classmethod
     def load_weights(cls, folder, map_location=None):

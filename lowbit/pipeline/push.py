@@ -44,10 +44,11 @@ def push(path: str | Path, repository: str, *, private: bool = False, message: s
 
 
 def _files(source: Path) -> list[tuple[str, Path]]:
-    beside = card.card_path(source, source.is_file())
-    if source.is_file():
-        return [*([(card.FILE, beside)] if beside.is_file() else []), *((file.name, file) for file in weight_files(source))]
-    return [(file.name, refuse_outside(file, source)) for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".") and file.suffix not in SKIPPED]
+    if source.is_dir():
+        return [(file.name, refuse_outside(file, source)) for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".") and file.suffix not in SKIPPED]
+    parts = weight_files(source)
+    beside = card.card_path(source, True) if len(parts) == 1 else card.card_path(source.parent, False)
+    return [*([(card.FILE, refuse_outside(beside, source.parent))] if beside.is_file() else []), *((file.name, file) for file in parts)]
 
 
 def _upload(planned: Upload, message: str) -> str:
@@ -78,7 +79,7 @@ def _content(name: str, file: Path, planned: Upload) -> str | bytes:
     if name != card.FILE:
         return str(file)
     weights = next((other for other, _, _ in planned.files if other.endswith(".gguf")), f"{card.NAME}.gguf")
-    return file.read_text(encoding="utf-8").replace(f"{card.NAME}.gguf", weights).replace(card.NAME, planned.repository).encode()
+    return file.read_text(encoding="utf-8").replace(f"{card.NAME}.gguf", weights).replace(f"{card.NAME}/{weights}", weights).replace(card.NAME, planned.repository).encode()
 
 
 def _status(error: Exception) -> str:

@@ -106,9 +106,10 @@ def verify(path: str | Path, *, python: str | None = None, write: bool = True, p
     else:
         _with_process(skeleton, located, consumer, python, found, progress)
     verdict = FAILED if found.problems else NOT_RUN if found.failed_to_run else PASSED
+    shown = str(checkpoint.path.relative_to(located.parent))  # of a folder of GGUF parts the first one
     made = Verification(
         located.name, checkpoint.kind, consumer.name, found.versions, verdict, tensors, found.weights, found.equal, found.largest, found.difference, found.kl, found.dtype,
-        tuple(found.problems), tuple(dict.fromkeys([*found.notes, *([consumer.note] if consumer.note else [])])), consumer.lines(located.name), vllm_rules.verdicts(checkpoint),
+        tuple(found.problems), tuple(dict.fromkeys([*found.notes, *([consumer.note] if consumer.note else [])])), consumer.lines(shown), vllm_rules.verdicts(checkpoint),
     )  # fmt: skip
     if write:
         target = located / FILE if located.is_dir() else located.with_name(f"{located.name}.{FILE}")

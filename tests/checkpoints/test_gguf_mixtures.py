@@ -46,7 +46,8 @@ def by_place(model: str, types: dict[str, str]) -> dict[str, str]:
     for name, kind in types.items():
         place = gguf_arch.place(arch, name).name.removesuffix(".weight")
         assert found.setdefault(place, kind) == kind, name
-    return {place: kind for place, kind in found.items() if "ffn_gate_inp" not in place}
+    theirs = {"float16": "f16", "ggml_mxfp4": "mxfp4"}  # llama-quantize's names of these
+    return {place: theirs.get(kind, kind) for place, kind in found.items() if "ffn_gate_inp" not in place}
 
 
 def test_the_oracle_has_all_mixtures_and_knows_layers_apart():
@@ -63,14 +64,13 @@ def test_every_tensor_has_llama_quantizes_type(model, weighted):
     for mixture in gguf_mixtures.known():
         recipe = recipes.settle(recipes.parse(f"{mixture}-weighted-rtn" if weighted else mixture, target_name="gguf"), linears, "bfloat16")[0]
         plans = recipes.resolve(recipe, linears, outside, ORACLE[model]["config"])
-        names = {"float16": "f16"}
-        chosen = by_place(model, {name: names.get(one.scheme.format, one.scheme.format) for name, one in plans.items()})
+        chosen = by_place(model, {name: one.scheme.format for name, one in plans.items()})
         assert chosen == expected(model, mixture, weighted=weighted), mixture
 
 
 @pytest.mark.parametrize("model", [model for model, entry in ORACLE.items() if entry["config"].get("hidden_size", 768) % 256 == 0])
-def test_rules_whose_block_types_are_not_there_yet_choose_alike(model):
-    """By names only, of models whose rows every block divides."""
+def test_rules_choose_alike_before_rows_are_looked_at(model):
+    """Of models whose rows every block divides."""
     linears, outside = matrices(model)
     for mixture in gguf_mixtures.MIXTURES:
         for weighted in (False, True):
@@ -80,6 +80,6 @@ def test_rules_whose_block_types_are_not_there_yet_choose_alike(model):
 
 def test_mixtures_are_offered_where_their_types_are_encoded():
     known = gguf_mixtures.known()
-    assert {"q2_k", "q4_k_m", "q8_0"} <= set(known) == {name for name in FTYPES if gguf_mixtures.MIXTURES[name].type in ggml.BLOCK_TYPES}
+    assert {"q2_k", "q4_k_m", "q8_0", "iq4_xs", "mxfp4_moe"} <= set(known) == {name for name in FTYPES if gguf_mixtures.MIXTURES[name].type in ggml.BLOCK_TYPES}
     assert all(name in recipes.PRESETS for name in known)
     assert gguf.fallback("q6_k", 80) == "float16"

@@ -79,7 +79,9 @@ def test_push_says_what_would_go(result):
     assert planned.total_bytes == sum(file.stat().st_size for file in result.iterdir())
 
 
-def test_push_uploads_one_commit(result, monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
+    """What a hub that takes everything is asked for."""
     calls = []
 
     class Hub:
@@ -94,9 +96,25 @@ def test_push_uploads_one_commit(result, monkeypatch):
             return type("Commit", (), {"commit_url": f"https://hub/{name}"})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return calls
+
+
+def test_push_uploads_one_commit(result, calls):
     assert push(result, "me/model", private=True).url == "https://hub/me/model"
     assert calls[0] == ("me/model", {"private": True, "exist_ok": True}) and "model.safetensors" in calls[1][1] and "out" in calls[1][2]
     assert b'from_pretrained("me/model"' in calls[1][1]["README.md"] and b"path-to-this-model" not in calls[1][1]["README.md"]
+
+
+def test_a_split_file_goes_whole(result, tmp_path, calls):
+    """By its folder or by any of its parts, with the card that lies in the folder."""
+    folder = convert(result, "gguf", tmp_path / "parts", max_shard_size="20kB").path
+    parts = sorted(file.name for file in folder.glob("*.gguf"))
+    assert len(parts) > 2 and f"llama-cli -m \"path-to-this-model/{parts[0]}\"" in (folder / "README.md").read_text() and not list(tmp_path.glob("*.md"))
+    for path in (folder, folder / parts[1]):
+        push(path, "me/model")
+        files = calls.pop()[1]
+        assert files.keys() == {"README.md", *parts}
+        assert f"llama-cli -m \"{parts[0]}\"".encode() in files["README.md"] and b"path-to-this-model" not in files["README.md"]
 
 
 @pytest.mark.parametrize(("error", "message"), [(LocalTokenNotFoundError("no"), "hf auth login"), (ConnectionError("no"), "cannot be reached")])

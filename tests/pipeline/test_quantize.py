@@ -10,7 +10,7 @@ from gguf.constants import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from lowbit import numerics
-from lowbit.checkpoints import open_checkpoint
+from lowbit.checkpoints import TARGETS, open_checkpoint
 from lowbit.checkpoints.gguf import read_header
 from lowbit.errors import CheckpointError, FormatError, JobError, LowbitError, ModelError, RecipeError, ResourceError, ShapeError
 from lowbit.models import skeleton as sk
@@ -269,14 +269,24 @@ def test_q2_k_s_without_importance_is_refused(save_model, tmp_path):
 # ---- files of a largest size
 
 
-@pytest.mark.parametrize(("recipe", "target_name"), [("q4_0", "gguf"), ("int4-sym-g32-rtn", None), ("int4-sym-g32-rtn", "gptq")])
-def test_a_shard_size_is_kept(model_folder, tmp_path, recipe, target_name):
+SHARDED = {
+    "gguf": "q4_0", "compressed-tensors": "int4-sym-g32-rtn", "gptq": "int4-sym-g32-rtn", "awq": "int4-asym-g32-rtn", "auto-round": "int4-sym-g32-rtn", "bitsandbytes": "nf4",
+    "hqq": "int4-hqq-g32", "aqlm": "1x8-rtn", "bitnet": "bitnet", "torchao": "int8-sym-g32-rtn", "lowbit": "int4-sym-g32-rtn", "safetensors": "int4-sym-g32-rtn",
+}  # fmt: skip
+
+
+def test_every_target_is_sharded():
+    assert SHARDED.keys() == TARGETS.keys()
+
+
+@pytest.mark.parametrize(("target_name", "recipe"), SHARDED.items())
+def test_a_shard_size_is_kept(model_folder, tmp_path, target_name, recipe):
     """The same model as in one piece; GGUF parts in a folder, which is opened as one."""
     folder = model_folder("llama")
     whole = quantize(folder, recipe, tmp_path / ("one.gguf" if target_name == "gguf" else "one"), target_name=target_name)
     made = quantize(folder, recipe, tmp_path / "many", target_name=target_name, max_shard_size="20kB")
     files = sorted(path for path in made.path.iterdir() if path.suffix in (".gguf", ".safetensors"))
-    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}{files[0].suffix}"
+    assert len(files) > 2 and files[0].name == f"model{'.lowbit' if target_name == 'lowbit' else ''}-00001-of-{len(files):05d}{files[0].suffix}"
     ours, theirs = open_checkpoint(made.path), open_checkpoint(whole.path)
     assert ours.shapes() == theirs.shapes() and all(torch.equal(ours.dense(name), theirs.dense(name)) for name in theirs.shapes())
     assert made.provenance == whole.provenance

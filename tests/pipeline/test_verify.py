@@ -54,6 +54,17 @@ def test_llama_cpp(made):
     assert (out.with_name("m.gguf.verification.json")).is_file()
 
 
+@pytest.mark.consumer
+def test_llama_cpp_of_a_split_file(model_folder, tmp_path):
+    pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp) is not installed")
+    lowbit.quantize(model_folder("llama"), "q4_0-pure-rtn", tmp_path / "parts", target_name="gguf", max_shard_size="20kB")
+    first = min((tmp_path / "parts").glob("*.gguf"))
+    for path, beside in ((tmp_path / "parts", "verification.json"), (first, f"{first.name}.verification.json")):
+        found = verify.verify(path)
+        assert (found.verdict, found.problems) == ("passed", ()) and found.weights == found.equal >= 21
+        assert (tmp_path / "parts" / beside).is_file() and f"{'parts/' if path.is_dir() else ''}{first.name}" in found.lines
+
+
 def test_a_consumer_that_computes_otherwise_fails(made, tmp_path, monkeypatch):
     """The consumer is given lines that change one weight, and lines that stop."""
     out = made("lowbit", "e8p2-rtn")
