@@ -68,9 +68,11 @@ def test_damaged_tensors(name, sound, tmp_path, bounded):
     own = {key: folder.tensors[key] for key in module_of(folder.tensors)}
     rest = {key: tensor for key, tensor in folder.tensors.items() if key not in own}
     for what, tensors in damaged_tensors(own):
-        folder.write(tensors={**rest, **tensors})
+        folder.write(tensors=tensors)
         with bounded():
-            said = outcome(folder.folder, build=wrong(what))
+            said = outcome(folder.folder, build=False)
+            if wrong(what) and not said:  # then it must show beside the others
+                said = outcome(folder.write(tensors={**rest, **tensors}), build=True)
         seen += bool(said)
         if wrong(what) and not said:
             missed.append(what)
@@ -79,13 +81,13 @@ def test_damaged_tensors(name, sound, tmp_path, bounded):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_damaged_section(name, sound, tmp_path, bounded, request):
-    """Every change of a key of the section itself, and about 200 of those below; all with --slow."""
+    """Every change of a key of the section itself, and about 25 of those below; all with --slow."""
     folder, refused = Damaged(sound(name), tmp_path / "bad"), set()
     if "quantization_config" not in folder.config:
         pytest.skip("the layout says nothing in config.json")
     changes = list(damaged_values(folder.config["quantization_config"]))
     deep = [change for change in changes if "." in change[0].partition(" ")[0]]
-    step = 1 if request.config.getoption("--slow") else max(1, len(deep) // 200)
+    step = 1 if request.config.getoption("--slow") else max(1, len(deep) // 25)
     for what, section in [change for change in changes if "." not in change[0].partition(" ")[0]] + deep[::step]:
         folder.write_config({**folder.config, "quantization_config": section})
         with bounded():
@@ -126,7 +128,7 @@ def test_truncated(name, sound, tmp_path):
     folder = Damaged(sound(name), tmp_path / "bad").folder
     (path,) = folder.glob("*.safetensors")
     data = path.read_bytes()
-    for size in range(0, len(data), len(data) // 40 + 1):
+    for size in range(0, len(data), len(data) // 10 + 1):
         path.write_bytes(data[:size])
         assert "is not a whole safetensors file" in outcome(folder, build=False)
 
@@ -171,7 +173,7 @@ def test_many_targets(sound, tmp_path, bounded):
     """A group that names every module, as lowbit itself writes mixtures: looked up, not searched."""
     folder = Damaged(sound("int-quantized"), tmp_path / "bad")
     group = folder.config["quantization_config"]["config_groups"]["group_0"]
-    names = [f"model.layers.{i}.mlp.x" for i in range(12_000)]
+    names = [f"model.layers.{i}.mlp.x" for i in range(9_000)]
     folder.config["quantization_config"]["config_groups"] = {f"group_{i}": {**group, "targets": names[i::4]} for i in range(4)}
     folder.write(tensors={f"{name}.{part}": torch.ones(1, 1).to(dtype) for name in names for part, dtype in (("weight", torch.int8), ("weight_scale", torch.float16))})
     with bounded():
