@@ -122,17 +122,14 @@ def cheapest(x: Tensor, power: Tensor, factor: Tensor | None, book: Tensor) -> T
 
     A buffer of CHUNK_NUMBERS is used again and again.
     """
-    doubled, chunk = -2 * book.T.contiguous(), max(1, CHUNK_NUMBERS // len(book))
+    left = torch.cat([x, x.new_ones(len(x), 1) if factor is None else factor], dim=1)
+    right, chunk = torch.cat([-2 * book.T, power]), max(1, CHUNK_NUMBERS // len(book))
     buffer = x.new_empty(min(chunk, len(x)), len(book))
     found = torch.empty(len(x), dtype=torch.int64)
     for start in range(0, len(x), chunk):
         rows = slice(start, min(start + chunk, len(x)))
-        part = buffer[: rows.stop - start]
-        if factor is None:
-            part.copy_(power.expand_as(part))
-        else:
-            torch.mm(factor[rows], power, out=part)
-        torch.argmin(part.addmm_(x[rows], doubled), 1, out=found[rows])
+        part = torch.mm(left[rows], right, out=buffer[: rows.stop - start])
+        torch.argmin(part, 1, out=found[rows])
     return found
 
 
