@@ -77,7 +77,9 @@ def weight_of(module, in_features, columns):
 
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state), "bitsandbytes"
     if getattr(weight, "SCB", None) is not None:
-        return weight.data.float() * weight.SCB.unsqueeze(1) / 127, "bitsandbytes"
+        import bitsandbytes
+
+        return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, weight.SCB), "bitsandbytes int8"
     if hasattr(module, "dequantize_weight"):
         return module.dequantize_weight().T, "dequantize_weight"
     if isinstance(weight, torch.Tensor) and type(weight.data) is not torch.Tensor and hasattr(weight, "dequantize"):

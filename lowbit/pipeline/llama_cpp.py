@@ -31,7 +31,7 @@ def next_token_logprobs(path: Path, ids: list[int], *, progress: Progress = SILE
     params.flash_attn_type, params.verbosity = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED, -1
     try:
         server = xllamacpp.Server(params)
-    except Exception as error:  # the package raises what it likes
+    except (RuntimeError, ValueError, OSError) as error:
         raise VerificationError(f"llama.cpp does not load {path.name}: {' '.join(str(error).split())}") from error
     found, places = {}, [place for place in PLACES if place <= len(ids)]
     with progress.step("Asking llama.cpp", len(places)) as advance:

@@ -53,7 +53,7 @@ def _files(source: Path) -> list[tuple[str, Path]]:
 
 def _upload(planned: Upload, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError  # HTTPError: of httpx or its successor, whichever the hub's library is built on
 
     api = HfApi()
     try:
@@ -62,7 +62,7 @@ def _upload(planned: Upload, message: str) -> str:
         raise LowbitError("nobody is logged in to the Hugging Face hub here. Run `hf auth login` with a token that may write, or set HF_TOKEN.") from error
     except HfHubHTTPError as error:
         raise LowbitError(f"the hub does not accept the login ({_status(error)}). Run `hf auth login` with a token that may write.") from error
-    except Exception as error:  # each HTTP library raises its own kinds where there is no network
+    except (OSError, HTTPError) as error:
         raise LowbitError(f"the Hugging Face hub cannot be reached ({type(error).__name__}). Nothing was uploaded; try again with a network, or see what would go with --dry-run.") from error
     try:
         api.create_repo(planned.repository, private=planned.private, exist_ok=True)
@@ -70,7 +70,7 @@ def _upload(planned: Upload, message: str) -> str:
         return str(api.create_commit(planned.repository, operations, commit_message=message).commit_url)
     except HfHubHTTPError as error:
         raise LowbitError(f"the hub refused the upload to {planned.repository} ({_status(error)}). The token needs the right to write there.") from error
-    except Exception as error:
+    except (OSError, HTTPError) as error:
         raise LowbitError(f"the upload to {planned.repository} was cut off ({type(error).__name__}: {error}). Repeat the command: what has arrived is not sent again.") from error
 
 
