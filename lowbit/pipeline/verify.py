@@ -245,8 +245,8 @@ def _compare(checkpoint: Checkpoint, name: str, theirs: Tensor, message: dict, f
     info = torch.finfo(dtype)
     if message["how"] == "unit vectors":  # sums of products, of which all but one are 0 or cancel
         allowed = torch.full((), info.eps * largest)
-    elif dtype != torch.float32 or message["how"] == "bitsandbytes int8":  # which multiplies with 1 / 127
-        allowed = (info.eps * ours.abs().maximum(theirs.abs())).clamp(min=info.smallest_normal * info.eps)
+    elif dtype != torch.float32 or message["how"] == "bitsandbytes int8":  # which multiplies with the magnitude and with 1 / 127, where we divide once: two units
+        allowed = (info.eps * (1 if dtype != torch.float32 else 2) * ours.abs().maximum(theirs.abs())).clamp(min=info.smallest_normal * info.eps)
     else:
         allowed = torch.zeros(())
     if bool((difference > allowed).any()):
