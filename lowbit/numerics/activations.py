@@ -41,8 +41,9 @@ def _rounded(x: Tensor, act: Activation, fixed: tuple[float, float] | None) -> T
     if not bool(torch.isfinite(flat).all()):
         raise FormatError("the activations that reach it are infinite or NaN. Compute in a wider dtype (--dtype float32), or check the model.")
     outlying = None
-    if act.threshold is not None:  # as bitsandbytes: judged in float16, and what is large in a column does not count for the scales of its tokens
-        large = flat.half().abs() >= act.threshold
+    if act.threshold is not None:  # as bitsandbytes: judged and rounded from float16, and what is large in a column does not count for the scales of its tokens
+        flat = flat.half().float()
+        large = flat.abs() >= act.threshold
         flat, outlying = flat.masked_fill(large, 0.0), large.any(0)
     made = (_integers if act.format == INT else _floats)(flat, act, fixed).view(x.shape).to(x.dtype)
     return made if outlying is None else torch.where(outlying, x, made)
