@@ -2,7 +2,8 @@
 
     pip install torch==2.13.0 transformers==5.23.0 gptqmodel==7.7.0 && GPTQMODEL_CPU_WORKERS=2 python tests/oracles/make_gptqmodel_folder.py
 
-Its kernel loads in float16, which holds all of this model's dense weights, and computes in float32 after float(). Variants, all of 4 bits in groups of 32: sym, act-order (desc_act), asym (which it saves as v1, too: zero-points of 0 would not survive that).
+Its kernel loads in float16, which holds all of this model's dense weights, and computes in float32 after float(). Variants, all of 4 bits in groups of 32: sym, act-order (desc_act), asym
+(which it saves as v1, too: zero-points of 0 would not survive that).
 """
 
 import os
