@@ -9,7 +9,8 @@ Dynamic: each token's (or tensor's) own extremes. Static: one scale for all toke
     kl          the threshold of |x| whose levels (128 of 8 bits) have the least KL divergence from the clipped histogram (Migacz, "8-bit Inference with TensorRT",
                 GTC 2017; onnxruntime's and TensorRT's "entropy")
 
-LLM.int8() (Dettmers et al., arXiv:2208.07339, section 3): outliers are taken out before the scales are found, and the columns that hold one multiply in full precision.
+LLM.int8() (Dettmers et al., arXiv:2208.07339, section 3): outliers are taken out before the scales are found, and the columns that hold one multiply in full precision;
+the rest is rounded from float16, as bitsandbytes does whatever the dtype.
 """
 
 from __future__ import annotations
