@@ -130,6 +130,8 @@ def write(kind: str) -> Callable[..., None]:
             qt = checkpoint.quantized[name].load()
             if kind != "gptq":
                 integer.refuse_order(qt, kind)
+            elif "g_idx" in qt.parts:  # without desc_act readers may take groups of neighbours; config.json is written after the tensors
+                section.update(desc_act=True, static_groups=False)
             parts = encode(qt, layout)
             return {f"{name.removesuffix('weight')}{part}": parts[part] for part in names}
 

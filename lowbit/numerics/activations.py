@@ -9,7 +9,8 @@ Dynamic: each token's (or tensor's) own extremes. Static: one scale for all toke
     kl          the threshold of |x| whose levels (128 of 8 bits) have the least KL divergence from the clipped histogram (Migacz, "8-bit Inference with TensorRT",
                 GTC 2017; onnxruntime's and TensorRT's "entropy")
 
-LLM.int8() (Dettmers et al., arXiv:2208.07339, section 3): outliers are taken out before the scales are found, and the columns that hold one multiply in full precision.
+LLM.int8() (Dettmers et al., arXiv:2208.07339, section 3): outliers are taken out before the scales are found, and the columns that hold one multiply in full precision;
+the rest is rounded from float16, as bitsandbytes does whatever the dtype.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def _rounded(x: Tensor, act: Activation, fixed: tuple[float, float] | None) -> T
     if not bool(torch.isfinite(flat).all()):
         raise FormatError("the activations that reach it are infinite or NaN. Compute in a wider dtype (--dtype float32), or check the model.")
     outlying = None
-    if act.threshold is not None:  # as bitsandbytes: judged in float16, and what is large in a column does not count for the scales of its tokens
-        large = flat.half().abs() >= act.threshold
+    if act.threshold is not None:  # as bitsandbytes: judged and rounded from float16, and what is large in a column does not count for the scales of its tokens
+        flat = flat.half().float()
+        large = flat.abs() >= act.threshold
         flat, outlying = flat.masked_fill(large, 0.0), large.any(0)
     made = (_integers if act.format == INT else _floats)(flat, act, fixed).view(x.shape).to(x.dtype)
     return made if outlying is None else torch.where(outlying, x, made)

@@ -85,6 +85,8 @@ def test_act_order_comes_back(stored, tmp_path):
     qt = gptq.decode({part: stored[f"4.act-order.{part}"] for part in gptq.PARTS}, scheme, (64, 96), "float16", gptq.V2)
     found = open_checkpoint(written("gptq", qt, tmp_path)).quantized[NAME].load()
     assert torch.equal(found.parts["g_idx"], qt.parts["g_idx"]) and torch.equal(numerics.dequantize(found), numerics.dequantize(qt))
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["desc_act"] is True  # without it vLLM's kernels take groups of neighbours
+    assert json.loads((tmp_path / "quantize_config.json").read_text())["desc_act"] is True
 
 
 @pytest.mark.parametrize(("kind", "recipe"), [("gptq", "int4-sym-g32-gptq"), ("gptq", "int3-asym-g32-rtn"), ("awq", "int4-asym-g32-awq-rtn"), ("auto-round", "int4-sym-g32-rtn")])
