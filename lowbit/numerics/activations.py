@@ -75,6 +75,16 @@ def _floats(x: Tensor, act: Activation, fixed: tuple[float, float] | None) -> Te
     return floating.decode(floating.encode(x / fixed[0], element), element).mul_(fixed[0])
 
 
+def limits(rounding: Rounding) -> tuple[float, float]:
+    """Between which inputs no code of a static rounding is clipped."""
+    scale, act = rounding.scale or 0.0, rounding.act
+    if act.format != INT:
+        largest = floating.KINDS[act.format].element.largest * scale
+        return -largest, largest
+    zero = rounding.zero_point if not act.symmetric else act.scheme.zero_code
+    return (-zero - 0.5) * scale, (act.scheme.max_code - zero + 0.5) * scale
+
+
 def needs(act: Activation | None) -> tuple[str, ...]:
     """The statistics that a static activation's scale is found from."""
     return (NEEDS[act.observer],) if act is not None and act.static else ()

@@ -209,6 +209,13 @@ class _BlockWorker:
             tensors |= made
             records |= record
             self.peak.look()
+        if setup.refinement is not None and original is not None:
+            plain = [linear for linear in planned if linear.name in tensors]
+            better, more = setup.refinement.run(index, block, streamer.load_block(index), plain, tensors, streamer, source, original)
+            tensors |= better
+            for name in better:
+                records[name] |= more
+            self.peak.look()
         if roundings := self._roundings(block, index, planned, source, records):
             attach(block, planned, roundings)
             for name, rounding in roundings.items():

@@ -191,6 +191,11 @@ def _rounded(lazy: LazyTensor, plan: LayerPlan, stats: LayerStats | None) -> Laz
     return LazyQuantized(plan.scheme, (rows, columns), lazy.dtype, load, numerics.nbytes(plan.scheme, (rows, columns)), None if whole else some)
 
 
+def held(value: Tensor) -> LazyTensor:
+    """A tensor in memory as a lazy one."""
+    return LazyTensor(tuple(value.shape), value.dtype, lambda start, stop: value[start:stop].clone() if value.ndim else value.clone())
+
+
 def rounded_record(plan: LayerPlan, shape: tuple[int, int]) -> dict:
     """The provenance of a matrix that with_rounded rounds."""
     record = {"scheme": plan.scheme.name, "algorithm": plan.algorithm, "shape": list(shape), "bits_per_weight": round(numerics.bits_per_weight(plan.scheme, shape), 4)}

@@ -29,9 +29,9 @@ from .blocks import part, rewritten, run
 from .calibration import Windows, calibration_windows
 from .job import Job, refuse_existing, work_folder
 from .locate import base_name, load_tokenizer, locate, model_name
-from .output import as_stored_dense, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
+from .output import as_stored_dense, held, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
 from .selfgen import self_texts
-from .setup import Setup, check_resources, refuse_damaged, set_up
+from .setup import Refinement, Setup, check_resources, refuse_damaged, set_up
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def quantize(
     max_shard_size: int | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    refinement: Refinement | None = None,
     progress: Progress = SILENT,
 ) -> Result:
     """Quantize a model and write it; the model is streamed block by block and never held whole.
@@ -76,6 +77,7 @@ def quantize(
     calibration, n_samples, seq_len, seed: override the recipe's. imatrix: a file with llama.cpp's importance matrix, for plain rounding without calibration.
     dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
     max_shard_size: of a file, in bytes or as "5GB"; a GGUF then becomes a folder of several. None: 4.5 GB, a GGUF in one file.
+    refinement: what is done with each block after its algorithm (lowbit.training.blockwise).
     resume: go on with a job that was stopped; the result has the bytes of an undisturbed run.
     Raises LowbitError (a subclass says of what kind) before any work on bad input; earlier results are left as they are.
     """
@@ -88,6 +90,8 @@ def quantize(
         refuse_existing(output, resume=resume, overwrite=overwrite)
         refuse_own_input(output, located)
         setup = set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress, imatrix)
+        if refinement is not None:
+            setup = replace(setup, needs=tuple(sorted({*setup.needs, "reference"})), refinement=refinement)
         with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
             tokenizer_needed = bool(setup.needs) or setup.checkpoint.kind == "gguf"
             tokenizer = load_tokenizer(setup.checkpoint, Path(scratch)) if tokenizer_needed else None
@@ -160,6 +164,7 @@ def job_key(setup: Setup, windows: Windows | None) -> dict:
         "model": fingerprint(setup.checkpoint),
         "weights": sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights),
         "recipe": setup.recipe.to_dict(),
+        "refinement": setup.refinement and setup.refinement.settings(),
         "data": windows.digest if windows else setup.imatrix and setup.imatrix["sha256"],
         "dtype": str(setup.dtype),
         "device": setup.device.type,
@@ -189,15 +194,11 @@ def _assemble(setup: Setup, windows: Windows | None, job: Job, tokenizer) -> Che
             rest = {}
     for index in range(len(setup.skeleton.blocks) if of_blocks(setup.recipe.transforms) else 0):
         for name, value in job.tensors(rewritten(index)).items():
-            tensors[name] = _held(value.to(setup.checkpoint.lazy(name).dtype))
+            tensors[name] = held(value.to(setup.checkpoint.lazy(name).dtype))
     provenance = _provenance(setup, windows, records)
     activations = {name: Rounding.from_dict(record["activation"]) for name, record in records.items() if "activation" in record}
     made = replace(setup.checkpoint, tensors=tensors, quantized={**rest, **quantized, **own}, files=tuple(sorted(files)), provenance=provenance, activations=activations)
     return made if setup.recipe.target != "safetensors" else as_stored_dense(made, setup.skeleton)
-
-
-def _held(value: torch.Tensor) -> LazyTensor:
-    return LazyTensor(tuple(value.shape), value.dtype, lambda start, stop: value[start:stop].clone())
 
 
 def _provenance(setup: Setup, windows: Windows | None, records: dict) -> dict:
@@ -210,6 +211,7 @@ def _provenance(setup: Setup, windows: Windows | None, records: dict) -> dict:
         "transformers": transformers.__version__,
         "model": {"architecture": type(setup.skeleton.model).__name__, "parameters": setup.skeleton.parameter_count(), "fingerprint": fingerprint(setup.checkpoint), "format": setup.checkpoint.kind},
         "recipe": recipe,
+        **({"refinement": setup.refinement.settings()} if setup.refinement else {}),
         "calibration": None if windows is None else {"windows": len(windows.ids), "length": windows.ids.shape[1], "tokens": windows.tokens, "found": windows.found, "sha256": windows.digest},
         **({"imatrix": setup.imatrix} if setup.imatrix else {}),
         "compute_dtype": str(setup.dtype).removeprefix("torch."),

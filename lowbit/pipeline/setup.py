@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import nn
 
 from .. import numerics
 from ..algorithms import algorithm
@@ -21,15 +23,33 @@ from ..progress import Progress
 from ..recipe import Calibration, Recipe
 from ..scheme import CASTS
 from ..stats import LayerStats
+from ..tensor import QuantizedTensor
 from ..transforms import TRANSFORMS, of_blocks
 from ..transforms import make_options as make_transform_options
 from ..transforms.rotate import rotate
 from . import guidance, recipes, resources
 from .calibration import Windows
+from .hidden import HiddenStates
 from .output import dtype_name
 from .recipes import LayerPlan
+from .streaming import Streamer
 
 RECORD_BYTES = 4096
+
+
+class Refinement(Protocol):
+    """What is done with a block after its algorithm, on the error of its output against the original's."""
+
+    def settings(self) -> dict:
+        """What must be the same for a job to be resumed; part of the provenance."""
+
+    def run(
+        self, index: int, block: nn.Module, original: nn.Module, linears: list[Linear], tensors: dict[str, QuantizedTensor], streamer: Streamer, source: HiddenStates, target: HiddenStates
+    ) -> tuple[dict[str, QuantizedTensor], dict]:
+        """Better tensors for the matrices of block (which holds their decoded values, and must in the end), and what to add to the records of each.
+
+        original: the same block as the model has it. source: what the quantized block reads; target: what the original model has behind it.
+        """
 
 
 @dataclass
@@ -52,6 +72,7 @@ class Setup:
     notes: list[str]
     importance: dict[str, LayerStats] = field(default_factory=dict)
     imatrix: dict | None = None
+    refinement: Refinement | None = None
 
 
 def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress, imatrix=None) -> Setup:

@@ -1,0 +1,87 @@
+"""Layers that are trained as they will be stored: a master weight in full precision, and its quantized view in every forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics import activations
+from ..scheme import Rounding
+from .views import View
+
+
+class FakeQuantLinear(nn.Linear):
+    """y = round(x) Q(W)^T + bias. weight [out, in] is the master; view gives Q(W), what the file will hold; act: how inputs are rounded (see ActView)."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, view: View, act: ActView | None = None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.view, self.act = weight, view, act
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] in any floating dtype, or under autocast."""
+        if self.act is not None:
+            x = self.act(x)
+        weight = self.view(self.weight)
+        return nn.functional.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class FakeQuantEmbedding(nn.Module):
+    """Rows of Q(W) times a factor (Gemma's embeddings have one). weight [vocabulary, size] is the master."""
+
+    def __init__(self, weight: nn.Parameter, view: View, padding_idx: int | None, factor: Tensor | float | None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.weight, self.view, self.padding_idx, self.factor = weight, view, padding_idx, factor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = nn.functional.embedding(ids, self.view(self.weight), self.padding_idx)
+        return rows if self.factor is None else rows * self.factor
+
+
+class ActView(nn.Module):
+    """Inputs as the stored model rounds them: per token from their own extremes; a static scale is a parameter, learned as LSQ learns it."""
+
+    def __init__(self, rounding: Rounding) -> None:
+        super().__init__()
+        self.given = rounding
+        if rounding.scale is not None:
+            self.scale = nn.Parameter(torch.tensor(rounding.scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.given.scale is None:
+            return activations.fake_quantize(x, self.given)
+        return _Static.apply(x, self.scale, self.rounding())
+
+    def rounding(self) -> Rounding:
+        """What the file says of the inputs."""
+        if self.given.scale is None:
+            return self.given
+        return Rounding(self.given.act, float(self.scale.detach().abs().clamp(min=1e-30)), self.given.zero_point)
+
+
+class _Static(torch.autograd.Function):
+    """Static rounding with LSQ's gradient for its scale (arXiv:1902.08153, eq. 3; N: the features of a token)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, rounding: Rounding) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.rounding = rounding
+        return activations.fake_quantize(x.detach(), rounding)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        rounding: Rounding = ctx.rounding
+        value, scale = activations.fake_quantize(x, rounding).float(), rounding.scale or 1.0
+        low, high = activations.limits(rounding)
+        inside = (x.float() >= low) & (x.float() <= high)
+        g = gradient.float()
+        to_scale = (g * torch.where(inside, value - x.float(), value)).sum() / scale
+        largest = max(abs(low), abs(high)) / scale
+        return (g * inside).to(x.dtype), to_scale / (x.shape[-1] * largest) ** 0.5, None
+
