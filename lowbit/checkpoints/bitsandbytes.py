@@ -44,7 +44,8 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     if scheme.format in CASTS:
         raise RecipeError(f"{layer}: bitsandbytes packs every linear layer of the blocks, and this one is to be {scheme.name}. Use --to compressed-tensors for mixtures.")
     four = scheme.format in codebook.CODES and scheme.block[1] in BLOCKS and scheme.nested in (None, codebook.NESTED_BLOCK) and scheme.act is None
-    eight = scheme.format == INT and scheme.bits == 8 and scheme.symmetric and scheme.block == (1, -1) and scheme.scale_dtype == "float32"
+    # What is stored is max|x|: scales of other ranges do not come back bit for bit.
+    eight = scheme.format == INT and scheme.bits == 8 and scheme.symmetric and scheme.block == (1, -1) and scheme.scale_dtype == "float32" and scheme.range == "textbook"
     if scheme.outliers is not None or not (four or (eight and (scheme.act is None or scheme.act == Activation(range="textbook", threshold=THRESHOLD)))):
         raise RecipeError(
             f"{layer}: bitsandbytes cannot hold {scheme.name}; it holds nf4 and fp4 in blocks of {', '.join(map(str, BLOCKS))} (with dq or without), and LLM.int8() (llm-int8). "

@@ -52,9 +52,10 @@ def _stored(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 def section(checkpoint: Checkpoint) -> dict:
     """quantization_config of config.json."""
-    schemes = list(dict.fromkeys(entry.scheme for entry in checkpoint.quantized.values()))
+    names = sorted(checkpoint.quantized, key=safetensors.natural_key)
+    schemes = list(dict.fromkeys(checkpoint.quantized[name].scheme for name in names))
     weights: dict[str, dict] = {}
-    for name in sorted(checkpoint.quantized, key=safetensors.natural_key):
+    for name in names:
         entry = checkpoint.quantized[name]
         weights[name] = {"scheme": schemes.index(entry.scheme), "shape": list(entry.shape), "dtype": str(entry.dtype).removeprefix("torch.")}
         if name in checkpoint.activations:

@@ -365,7 +365,8 @@ def write_packed(
 
     Tensors are streamed by name in natural order.
     """
-    with ShardWriter(folder, entries=len(checkpoint.tensors) + entries * len(checkpoint.quantized), max_bytes=shard_bytes, variant=variant, metadata=metadata) as writer:
+    packed = sum(entry.scheme.format not in CASTS for entry in checkpoint.quantized.values())  # a cast is one tensor
+    with ShardWriter(folder, entries=len(checkpoint.shapes()) + (entries - 1) * packed, max_bytes=shard_bytes, variant=variant, metadata=metadata) as writer:
         for name in sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key):
             for key, tensor in ({name: checkpoint.tensors[name]} if name in checkpoint.tensors else stored(name)).items():
                 progress(writer.add(key, tensor))
@@ -425,9 +426,9 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, section: dict | None
 def write_folder(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write every weight dense, as a plain Hugging Face folder that any program loads; quantized weights are decoded to their own dtype.
 
-    folder must exist and be empty. shard_bytes: of a file at most (None: SHARD_BYTES). progress is told the bytes written by each step.
+    folder must exist and be empty. Tensors are streamed by name in natural order. shard_bytes: of a file at most (None: SHARD_BYTES). progress is told the bytes written by each step.
     """
     with ShardWriter(folder, entries=len(checkpoint.tensors) + len(checkpoint.quantized), max_bytes=shard_bytes) as writer:
-        for name in (*checkpoint.tensors, *checkpoint.quantized):
+        for name in sorted([*checkpoint.tensors, *checkpoint.quantized], key=natural_key):
             progress(writer.add(name, checkpoint.lazy(name) if name in checkpoint.tensors else checkpoint.dense(name)))
     _write_side_files(checkpoint, folder, None)

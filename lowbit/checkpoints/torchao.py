@@ -55,10 +55,17 @@ def encode(qt: QuantizedTensor) -> dict[str, Tensor]:
     half = scheme.zero_code
     signed = lambda codes: (codes.to(torch.int16) - half).to(torch.int8)
     zero = qt.parts.get("zero_point")
-    stored = torch.zeros(qt.parts["scale"].shape, dtype=torch.int8) if zero is None else zero - half if scheme.zero_dtype == "float" else signed(zero)
-    if zero is not None and scheme.zero_dtype == "float" and not torch.equal(stored + half, zero):
-        stored = zero.float() - half  # zero_point - 2^(b-1) does not fit the dtype of the scale
+    if zero is None:
+        stored = torch.zeros(qt.parts["scale"].shape, dtype=torch.int8)
+    else:
+        stored = _as_narrow(zero.float() - half, qt.parts["scale"].dtype) if scheme.zero_dtype == "float" else signed(zero)
     return {"qdata": signed(qt.parts["codes"]), "scale": qt.parts["scale"], "zero_point": stored}
+
+
+def _as_narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 values in another dtype if it holds them all, else as they are."""
+    narrow = values.to(dtype)
+    return narrow if torch.equal(narrow.float(), values) else values
 
 
 def _describe(scheme: Scheme, shape: tuple[int, int], dtype: str) -> dict:
@@ -76,20 +83,21 @@ def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = Non
     """Write a checkpoint as a torchao folder; folder must exist and be empty. Raises as check does, before any work."""
     safetensors.require_quantized(checkpoint, KIND)
     texts = {}
-    for name, entry in checkpoint.quantized.items():
+    for name in sorted(checkpoint.quantized, key=safetensors.natural_key):
+        entry = checkpoint.quantized[name]
         check(entry.scheme, entry.shape, name)
         texts[name] = json.dumps(_describe(entry.scheme, entry.shape, str(entry.dtype).removeprefix("torch.")))
 
     def stored(name: str) -> dict[str, Tensor]:
         return {f"{name.removesuffix('weight')}_weight_{part}": value for part, value in encode(checkpoint.quantized[name].load()).items()}
 
-    metadata = {**texts, "tensor_names": json.dumps(sorted(texts, key=safetensors.natural_key))}
+    metadata = {**texts, "tensor_names": json.dumps(list(texts))}
     safetensors.write_packed(checkpoint, folder, stored, _section(checkpoint), entries=3, shard_bytes=shard_bytes, progress=progress, metadata=metadata)
 
 
 def _section(checkpoint: Checkpoint) -> dict:
     """quantization_config. quant_type only names a configuration that torchao knows; the metadata says what each matrix is."""
-    first = next((entry.scheme for entry in checkpoint.quantized.values()), Scheme())
+    first = checkpoint.quantized[min(checkpoint.quantized, key=safetensors.natural_key)].scheme
     if first.format == INT:
         granularity = {"_type": "PerAxis", "_version": 1, "_data": {"axis": 0}} if first.group_size == -1 else {"_type": "PerGroup", "_version": 1, "_data": {"group_size": first.group_size}}
         data = {"granularity": granularity, "weight_dtype": {"_type": "torch.dtype", "_data": f"int{first.bits}"}}
@@ -207,5 +215,5 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], 
         zero = parts["zero_point"]
         if zero.is_floating_point() and not bool(torch.isfinite(zero).all()):
             raise CheckpointError("a zero-point is NaN or infinite.")
-        decoded["zero_point"] = zero.float() + half if zero.is_floating_point() else (zero.to(torch.int16) + half).to(torch.uint8)
+        decoded["zero_point"] = _as_narrow(zero.float() + half, parts["scale"].dtype) if zero.is_floating_point() else (zero.to(torch.int16) + half).to(torch.uint8)
     return QuantizedTensor(scheme, shape, dtype, decoded)

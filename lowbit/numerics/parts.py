@@ -35,10 +35,10 @@ def code_bits(scheme: Scheme) -> int | None:
 
 
 def store(qt: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors that stand for a matrix; restore is the inverse."""
+    """The tensors that stand for a matrix, in the order of their names; restore is the inverse."""
     bits = code_bits(qt.scheme)
     packed = {"codes": packing.pack(qt.parts["codes"], bits)} if bits is not None and bits < 8 else {}
-    return {name: value.contiguous() for name, value in {**qt.parts, **packed}.items()}
+    return {name: value.contiguous() for name, value in sorted({**qt.parts, **packed}.items())}
 
 
 def restore(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: str) -> QuantizedTensor:

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import lowbit
 from lowbit import numerics
 from lowbit.checkpoints import TARGETS, open_checkpoint
 from lowbit.checkpoints.checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from lowbit.errors import LowbitError
+from lowbit.pipeline.consumers import consumer_of
 from lowbit.scheme import Activation, Scheme
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -87,25 +87,13 @@ def plain_logits(folder, stream, ids):
 @pytest.mark.consumer
 @pytest.mark.parametrize("recipe", ["int4-asym-g32-hqq", "int2-asym-g16-hqq", "int3-asym-g32-hqq"])
 def test_hqq_loads_ours(save_model, tmp_path, stream, recipe):
-    """hqq's own loader, given our safetensors, decodes and computes what we do."""
-    base = pytest.importorskip("hqq.models.hf.base", reason="hqq, the consumer of this layout, is not installed")
+    """hqq's own loader, given our safetensors by the lines of the model card, decodes and computes what we do."""
+    pytest.importorskip("hqq.models.hf.base", reason="hqq, the consumer of this layout, is not installed")
     lowbit.quantize(save_model("llama", tmp_path / "model"), recipe, tmp_path / "out")
 
-    class FromSafetensors(base.AutoHQQHFModel):
-        @classmethod
-        def get_weight_file(cls, folder):
-            return f"{folder}/model.safetensors"
-
-        @classmethod
-        def load_weights(cls, folder, map_location=None):
-            modules = {}
-            for name, value in load_file(cls.get_weight_file(folder)).items():
-                module, _, part = name.rpartition(".")
-                modules.setdefault(module, {})[part] = value
-            return modules
-
-    model = FromSafetensors.from_quantized(str(tmp_path / "out"), compute_dtype=torch.float32, device="cpu")
-    checkpoint = open_checkpoint(tmp_path / "out")
+    checkpoint, card = open_checkpoint(tmp_path / "out"), {}
+    exec(consumer_of(checkpoint).lines(str(tmp_path / "out"), "torch.float32"), card)
+    model = card["model"]
     for name, entry in checkpoint.quantized.items():
         assert torch.equal(model.get_submodule(name.removesuffix(".weight")).dequantize(), numerics.dequantize(entry.load()))
     tokens = torch.arange(20).view(1, 20)
