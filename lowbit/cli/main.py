@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import LowbitError
-from . import looking, making, measuring
+from . import looking, making, measuring, training
 
 app = typer.Typer(
     name="lowbit",
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(training.app)
 
 
 def main() -> None:

@@ -1,0 +1,97 @@
+"""transformers' Trainer for models that are distilled from their original: loss, learning rates of weights and scales, the held-out KL."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer
+
+from ..errors import ModelError
+from .losses import cross_entropy, divergence
+from .modules import FakeQuantEmbedding, FakeQuantLinear
+
+
+class Rows(Dataset):
+    """Windows of tokens, int64 [windows, length], as the Trainer takes them."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index]}
+
+
+class DistillationTrainer(Trainer):
+    """loss: "kl" (to teacher), "ce" or a share of cross-entropy in between. held_out: windows that the KL is measured on (key eval_kl), second half of each scored."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, loss: float, lr_scales: float, held_out: Tensor, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.teacher, self.share, self.lr_scales, self.held_out = teacher, loss, lr_scales, held_out
+        self.model_accepts_loss_kwargs = False
+        self._reference: list[Tensor] | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        ids = inputs["input_ids"]
+        output = model(input_ids=ids, use_cache=False)
+        logits = output.logits
+        total = logits.new_zeros((), dtype=torch.float32)
+        if self.share < 1:
+            with torch.no_grad():
+                goal = self.teacher(input_ids=ids, use_cache=False).logits
+            total = total + (1 - self.share) * divergence(logits, goal)
+        if self.share > 0:
+            total = total + self.share * cross_entropy(logits, ids)
+        if not bool(torch.isfinite(total)):
+            raise ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(self.model)}. Lower the learning rate, or compute in float32 (--dtype float32).")
+        return (total, output) if return_outputs else total
+
+    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        """Weights and the rest at args.learning_rate, scales and zero-points at lr_scales; nothing decays but the masters, if asked for."""
+        if self.optimizer is None:
+            views = {id(p) for module in self.model.modules() if isinstance(module, FakeQuantLinear | FakeQuantEmbedding) for p in module.view.parameters()}
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for p in trained if id(p) not in views and p.ndim > 1], "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay},
+                {"params": [p for p in trained if id(p) not in views and p.ndim < 2], "lr": self.args.learning_rate, "weight_decay": 0.0},
+                {"params": [p for p in trained if id(p) in views], "lr": self.lr_scales, "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon)
+        return self.optimizer
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Mean KL to the original on the held-out windows."""
+        was = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for ids in self.held_out.to(self.args.device).split(1):
+                half = slice(ids.shape[1] // 2, ids.shape[1] - 1)
+                mine = self.model(input_ids=ids, use_cache=False).logits[:, half]
+                total += float(divergence(mine, self.teacher(input_ids=ids, use_cache=False).logits[:, half]))
+                count += 1
+        self.model.train(was)
+        found = {f"{metric_key_prefix}_kl": total / max(1, count)}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+def first_bad(model: nn.Module) -> str:
+    """The first layer whose weight, scale or gradient is not finite, in words."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"{name} holds NaN or infinity"
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f"the gradient of {name} is not finite"
+    with_nan = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]
+    for name, module in with_nan:
+        if not math.isfinite(float(module.view(module.weight).sum())):
+            return f"the quantized weight of {name} is not finite"
+    return "every weight is finite, an activation overflowed"
