@@ -166,3 +166,12 @@ def test_hostile_tensors(sound, part, change, message):
     made = change(tensors.pop(key, None))
     save_file({**tensors, **({} if made is None else {key: made})}, file, metadata={"format": "pt"})
     assert message in refused(sound)
+
+
+def test_zero_points_beyond_the_codes(tmp_path):
+    folder = written(numerics.quantize(weights(), Scheme(bits=4, block=(1, 32), symmetric=False)), tmp_path / "out")
+    file = folder / "model.lowbit.safetensors"
+    tensors = load_file(file)
+    tensors[f"{NAME.removesuffix('weight')}zero_point"][0, 0] = 16
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "a zero-point is 16; expected at most 15" in refused(folder)
