@@ -209,5 +209,10 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], 
             raise CheckpointError("a zero-point is NaN or infinite.")
         if not zero.is_floating_point() and (int(zero.min()) < -half or int(zero.max()) >= half):
             raise CheckpointError(f"a zero-point is outside of {scheme.bits} bits ({int(zero.min())} to {int(zero.max())}).")
-        decoded["zero_point"] = zero.float() + half if zero.is_floating_point() else (zero.to(torch.int16) + half).to(torch.uint8)
+        if zero.is_floating_point():
+            exact = zero.float() + half
+            stored = exact.to(parts["scale"].dtype)  # as other layouts have it, where nothing is lost
+            decoded["zero_point"] = stored if torch.equal(stored.float(), exact) else exact
+        else:
+            decoded["zero_point"] = (zero.to(torch.int16) + half).to(torch.uint8)
     return QuantizedTensor(scheme, shape, dtype, decoded)

@@ -132,3 +132,10 @@ def test_gptq_has_no_place_for_a_dense_layer(save_model, tmp_path):
         convert(made, "gptq", tmp_path / "out")
     convert(made, "awq", tmp_path / "awq")
     assert 'layers.1.mlp.down_proj"' in (tmp_path / "awq" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("target", ["lowbit", "hqq"])
+def test_real_zero_points_in_bfloat16_go_on_from_torchao(save_model, tmp_path, target):
+    lowbit.quantize(save_model("llama", tmp_path / "model", dtype=torch.bfloat16), "int4-asym-g32-hqq", tmp_path / "torchao", target_name="torchao")
+    made_one = convert(tmp_path / "torchao", target, tmp_path / "out")
+    assert made_one.exact == made_one.matrices == 21
