@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checkpoints import open_checkpoint, own
 from .errors import ModelError
 from .models import quantized, skeleton
+from .numerics import parts
 
 
 @register_quantization_config(own.KIND)
@@ -47,9 +48,10 @@ class LowbitQuantizer(HfQuantizer):
         quantized.refuse_rounded_experts(self.built)
         held = self.built.checkpoint.quantized
         self.missing = [name for name, source in self.built.sources.items() if any(key in held for key in source.flat())]
-        parts = {name.removesuffix("weight") for name in held}
-        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *(f"^{re.escape(name)}$" for name in self.missing)}
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *(f"^{re.escape(prefix)}[a-z_]+$" for prefix in parts)}
+        leaves = {part for entry in held.values() for part in parts.shapes(entry.scheme, entry.shape)} - {"weight"}  # transformers renames what stands before them
+        tied = [name for name, other in self.built.model.all_tied_weights_keys.items() if other in self.missing]
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *(f"^{re.escape(name)}$" for name in (*self.missing, *tied))}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *(rf"\.{leaf}$" for leaf in leaves)}
         return model
 
     def _process_model_after_weight_loading(self, model, **_: Any):

@@ -68,8 +68,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int | None = Non
         return {f"{name.removesuffix('weight')}{part}": value for part, value in encode(checkpoint.quantized[name].load(), biases).items()}
 
     section = {
-        "quant_method": KIND, "linear_class": "bitlinear" if biases else "autobitlinear", "quantization_mode": "offline", "modules_to_not_convert": ["lm_head"], "use_rms_norm": False,
-        "rms_norm_eps": 1e-6,
+        "quant_method": KIND, "linear_class": "bitlinear" if biases else "autobitlinear", "quantization_mode": "offline",
+        "modules_to_not_convert": safetensors.dense_linears(checkpoint), "use_rms_norm": False, "rms_norm_eps": 1e-6,
     }  # fmt: skip
     safetensors.write_packed(checkpoint, folder, stored, section, entries=2, shard_bytes=shard_bytes, progress=progress)
 

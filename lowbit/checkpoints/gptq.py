@@ -144,14 +144,14 @@ def write(kind: str) -> Callable[..., None]:
 
 def _section(kind: str, scheme: Scheme, layout: str, dense: list[str]) -> dict:
     """quantization_config of config.json. dense: linear layers that are not packed."""
-    common = {"bits": scheme.bits, "group_size": scheme.group_size}
+    common, kept = {"bits": scheme.bits, "group_size": scheme.group_size}, [name for name in dense if name != "lm_head"]
     if kind == "awq":
         # "zero_point" says that zero-points are stored, which they are in any case; without it vLLM takes a slow kernel. "sym" is ours, to read the scheme back.
-        return {"quant_method": "awq", **common, "zero_point": True, "sym": scheme.symmetric, "version": "gemm", "modules_to_not_convert": None}
+        return {"quant_method": "awq", **common, "zero_point": True, "sym": scheme.symmetric, "version": "gemm", "modules_to_not_convert": kept or None}
     if kind == "auto-round":
         packing_format = {V1: "auto_round:auto_gptq", V2: "auto_round", AWQ: "auto_round:auto_awq"}[layout]
-        kept = {"extra_config": {name: {"bits": 16} for name in dense if name != "lm_head"}} if dense != ["lm_head"] else {}
-        return {"quant_method": "auto-round", "packing_format": packing_format, **common, "sym": scheme.symmetric, "data_type": "int", "autoround_version": "0.16.1", **kept}
+        extra = {"extra_config": {name: {"bits": 16} for name in kept}} if kept else {}
+        return {"quant_method": "auto-round", "packing_format": packing_format, **common, "sym": scheme.symmetric, "data_type": "int", "autoround_version": "0.16.1", **extra}
     return {
         "quant_method": "gptq", **common, "sym": scheme.symmetric, "desc_act": False, "checkpoint_format": layout, "format": layout, "damp_percent": 0.01, "true_sequential": False,
         "static_groups": True, "lm_head": False, "pack_dtype": "int32", "meta": {"quantizer": ["lowbit"]},

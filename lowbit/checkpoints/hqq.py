@@ -120,7 +120,8 @@ def _section(checkpoint: Checkpoint) -> dict:
         tag = ".".join(word for word in name.removesuffix(".weight").split(".") if word not in ("model", "layers") and not word.isnumeric())
         tags[tag] = {"weight_quant_params": weights, "scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}
     whole = list(tags.values())
-    return {"quant_method": KIND, "quant_config": whole[0] if all(one == whole[0] for one in whole) else tags, "skip_modules": ["lm_head"]}
+    alike = all(one == whole[0] for one in whole) and safetensors.dense_linears(checkpoint) == ["lm_head"]  # one set is for all linear layers, tags are for those named
+    return {"quant_method": KIND, "quant_config": whole[0] if alike else tags, "skip_modules": ["lm_head"]}
 
 
 # ------------------------------------------------------------------------------------------------------------------ reading

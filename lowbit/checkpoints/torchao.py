@@ -215,5 +215,7 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], 
         zero = parts["zero_point"]
         if zero.is_floating_point() and not bool(torch.isfinite(zero).all()):
             raise CheckpointError("a zero-point is NaN or infinite.")
+        if not zero.is_floating_point() and (int(zero.min()) < -half or int(zero.max()) >= half):
+            raise CheckpointError(f"a zero-point is outside of {scheme.bits} bits ({int(zero.min())} to {int(zero.max())}).")
         decoded["zero_point"] = _as_narrow(zero.float() + half, parts["scale"].dtype) if zero.is_floating_point() else (zero.to(torch.int16) + half).to(torch.uint8)
     return QuantizedTensor(scheme, shape, dtype, decoded)

@@ -70,15 +70,16 @@ def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.devic
     """Fill the skeleton's model: quantized matrices of linear layers stay packed (decode_to: see QuantLinear), everything else is decoded to dtype."""
     model = built.model
     skeleton.fill_buffers(model, model, device)
+    for name, module in model.named_modules():
+        skeleton.fill_stored_buffers(built, name, module, device)
     install(built, model, dtype, device, decode_to)
     tied = model.all_tied_weights_keys
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and not (name in tied and name not in built.sources):
             set_parameter(model, name, skeleton.load_parameter(built, name, dtype).to(device))
     model.tie_weights()
-    for index, block in enumerate(built.blocks):
-        fused = [linear for linear in find_linears(built, index) if linear.expert is not None]
-        rounding.attach(block, fused, built.checkpoint.activations)
+    for index, block in enumerate(built.blocks):  # those that are dense here; a QuantLinear rounds its inputs itself
+        rounding.attach(block, find_linears(built, index), built.checkpoint.activations)
     return model.eval()
 
 

@@ -341,6 +341,11 @@ def fill(skeleton: Skeleton, name: str, part: nn.Module, dtype: torch.dtype, dev
     for leaf, parameter in part._parameters.items():
         if parameter is not None:
             part._parameters[leaf] = nn.Parameter(load_parameter(skeleton, f"{name}.{leaf}" if name else leaf, dtype).to(device), requires_grad=False)
+    fill_stored_buffers(skeleton, name, part, device)
+
+
+def fill_stored_buffers(skeleton: Skeleton, name: str, part: nn.Module, device: torch.device) -> None:
+    """Give the buffers that part itself owns and that the checkpoint holds (a router's correction) their values, in their own dtype."""
     for leaf, buffer in part._buffers.items():
         full = f"{name}.{leaf}" if name else leaf
         if buffer is not None and full in skeleton.sources:

@@ -51,6 +51,8 @@ def restore(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
             raise CheckpointError(f"{name} holds NaN or infinity. The file is damaged.")
     if scheme.format == "ternary" and bool((parts["codes"] > 2).any()):
         raise CheckpointError("a ternary code is 3; expected 0, 1 and 2.")
+    if scheme.format == INT and "zero_point" in parts and parts["zero_point"].dtype == torch.uint8 and int(parts["zero_point"].max()) > scheme.max_code:
+        raise CheckpointError(f"a zero-point is {int(parts['zero_point'].max())}; expected at most {scheme.max_code}.")
     limits = {"g_idx": scheme.groups(shape[1]), outliers.INDEX: shape[1]}
     for name in INDICES:
         if name in parts and (int(parts[name].min()) < 0 or int(parts[name].max()) >= limits[name]):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoints import Checkpoint, gguf, open_checkpoint
 from ..checkpoints.safetensors import read_text, write_text
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 from ..scheme import CASTS
 from .consumers import Consumer, consumer_of
 from .evaluate import Comparison, Row
@@ -46,12 +46,15 @@ def render(checkpoint: Checkpoint, *, base: str, in_folder: bool) -> str:
     found = provenance.get("recipe")
     recipe: dict = found if isinstance(found, dict) else {}
     on_hub = re.fullmatch(r"[\w][\w.-]*/[\w.-]+", base) is not None
-    tags = ["lowbit", "quantized", *([OFFICIAL.get(checkpoint.kind, checkpoint.kind)] if checkpoint.quantized else [])]
+    made_here = bool(recipe) or any("scheme" in record for record in (provenance.get("layers") or {}).values())
+    quantized = made_here or bool(checkpoint.quantized)
+    tags = ["lowbit", *(["quantized"] if quantized else []), *([OFFICIAL.get(checkpoint.kind, checkpoint.kind)] if checkpoint.quantized else [])]
     metadata = ["---", f"library_name: {LIBRARIES.get(checkpoint.kind, 'transformers')}", "pipeline_tag: text-generation"]
-    metadata += [f"base_model: {base}", "base_model_relation: quantized"] if on_hub else []
+    metadata += [f"base_model: {base}", *(["base_model_relation: quantized"] if quantized else [])] if on_hub else []
     metadata += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]
     link = f"[{base}](https://huggingface.co/{base})" if on_hub else base
-    title = f"# {', '.join(filter(None, (base.rpartition('/')[2], recipe.get('name'))))}\n\n{link}, quantized with {' '.join(filter(None, ('lowbit', provenance.get('lowbit'))))}."
+    what = f"quantized with {' '.join(filter(None, ('lowbit', provenance.get('lowbit'))))}" if made_here else f"in the layout {checkpoint.kind}"
+    title = f"# {', '.join(filter(None, (base.rpartition('/')[2], recipe.get('name'))))}\n\n{link}, {what}."
     loading = _loading(checkpoint, consumer, in_folder=in_folder)
     sections = [
         "\n".join(metadata), title, _facts(checkpoint, recipe, provenance), loading, f"{BEGIN}\n{_layer_errors(provenance)}\n{END}", _notes(provenance)
@@ -102,6 +105,8 @@ def write_measured(output: Path, table: str) -> Path:
     """Put a table of what was measured into the card of an output, in the place of what stood there; returns the card."""
     path = card_path(output, output.is_file())
     if not path.is_file():
+        if not output.exists():
+            raise RecipeError(f"{output} is no folder or file here, and a card is written beside the weights. Leave --card out, or measure a copy on this machine.")
         write_card(output, base=output.name)
     text = read_text(path)
     before, begin, rest = text.partition(BEGIN)

@@ -15,10 +15,11 @@ from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
 from ..checkpoints.gguf import supported, write_tokenizer
 from ..errors import FormatError, JobError, RecipeError, ShapeError
 from ..models import skeleton as sk
+from ..models.arch import ROUTERS
 from ..models.linears import find_linears, outside_matrices
 from ..numerics import ggml, ggml_tables, integer
 from ..progress import SILENT, Progress
-from ..scheme import INT, Scheme
+from ..scheme import INT, Rounding, Scheme
 from ..tensor import QuantizedTensor
 from . import recipes, resources
 from .card import base_of
@@ -92,14 +93,16 @@ def convert(
         checkpoint = _decoded(checkpoint, decoded)
     if requantize is not None:
         checkpoint = _requantized(checkpoint, requantize, target_name)
+        if plain := [name for name in source.activations if name not in checkpoint.activations]:
+            notes.append(f"The source rounds the inputs of {len(plain)} layers ({plain[0]}, ...); in the result they are read as they are.")
     elif target_name not in KEEP_BLOCKS:
         checkpoint = _without_blocks(checkpoint)
     if outside is not None:
         checkpoint = _round_outside(checkpoint, around, outside, target_name)
-    if target_name not in ("safetensors", "lowbit") and (
-        lost := [name for name in checkpoint.activations if name not in checkpoint.quantized or checkpoint.quantized[name].scheme.act is None]
-    ):
+    if lost := _unsaid(checkpoint, target_name):
         raise RecipeError(f"{located} rounds the inputs of {len(lost)} layers ({lost[0]}, ...), which {target_name} would not say: the result would compute something else. Convert it to safetensors.")
+    if target_name == "gptq" and checkpoint.quantized and (dense := _dense_linears(checkpoint, skeleton)):
+        raise RecipeError(f"{located}: {dense[0]} is not quantized, and a GPTQ folder says of all linear layers of the blocks that they are. Use --to compressed-tensors or --to awq.")
     if kind.scale_dtype is not None:
         checkpoint = _with_scales(checkpoint, kind.scale_dtype)
     with _hinted():
@@ -115,6 +118,20 @@ def convert(
             checkpoint = replace(checkpoint, files=write_tokenizer(checkpoint.path, Path(scratch)))
         write(checkpoint, target_name, output, progress, overwrite=overwrite, base=base_of(located) or base_name(path, located), shard_bytes=shard_bytes)
     return _compared(source, output, skeleton, set(around) if outside is not None else set(), requantize is not None, notes, progress)
+
+
+def _unsaid(checkpoint: Checkpoint, target_name: str) -> list[str]:
+    """The weights whose inputs are rounded, which the target's files would not say: lowbit's own say it of quantized ones, dense folders of all."""
+    if target_name == "safetensors":
+        return []
+    said = {name for name, entry in checkpoint.quantized.items() if target_name == "lowbit" or entry.scheme.act is not None}
+    return [name for name in checkpoint.activations if name not in said]
+
+
+def _dense_linears(checkpoint: Checkpoint, skeleton: sk.Skeleton) -> list[str]:
+    """Weights of the blocks' linear layers that are not quantized, without routers."""
+    linears = (linear for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index))
+    return [linear.name for linear in linears if linear.name not in checkpoint.quantized and linear.module.rpartition(".")[2] not in ROUTERS]
 
 
 @contextmanager
@@ -193,7 +210,7 @@ def _integers(name: str, qt: QuantizedTensor, scheme: Scheme) -> QuantizedTensor
 
 
 def _requantized(checkpoint: Checkpoint, words: str, target_name: str) -> Checkpoint:
-    """The checkpoint with every quantized matrix decoded and rounded to a recipe's scheme."""
+    """The checkpoint with every quantized matrix decoded and rounded to a recipe's scheme; inputs are rounded as the recipe says, else as before where the target's files say it of any scheme."""
     try:
         draft = recipes.parse(f"{words}-rtn", target_name=target_name)
     except RecipeError:  # it names an algorithm, or is wrong
@@ -201,12 +218,17 @@ def _requantized(checkpoint: Checkpoint, words: str, target_name: str) -> Checkp
     shapes = {name: entry.shape for name, entry in checkpoint.quantized.items()}
     dtypes = {str(entry.dtype).removeprefix("torch.") for entry in checkpoint.quantized.values()}
     recipe, _ = recipes.settle(draft, shapes, dtypes.pop() if len(dtypes) == 1 else "float32")
-    if recipe.algorithm not in ("rtn", "hqq") or recipe.transforms or recipe.mixture is not None:
+    recipes.one_type(recipe.mixture, f"--requantize {words}")
+    if recipe.algorithm not in ("rtn", "hqq") or recipe.transforms:
         raise RecipeError(f"--requantize {words}: conversion has no data; name a number format and rtn or hqq, e.g. int4-asym-g64.")
-    plans = recipes.resolve(replace(recipe, rules=()), shapes, {})
+    if recipe.scheme.act is not None and recipe.scheme.act.static:
+        raise RecipeError(f"--requantize {words}: conversion has no data, from which static scales of activations come. Leave static out.")
+    plans = recipes.resolve(replace(recipe, rules=(), mixture=None), shapes, {})
+    own = {name: Rounding(plan.scheme.act) for name, plan in plans.items() if plan.scheme.act is not None}
+    before = {name: rounding for name, rounding in checkpoint.activations.items() if name not in plans or target_name in ("safetensors", "lowbit")}
     made = with_rounded(checkpoint, plans)
     layers = {**(made.provenance.get("layers") or {}), **{name: rounded_record(plan, shapes[name]) for name, plan in plans.items()}}
-    return replace(made, provenance={**made.provenance, "layers": layers}, activations={} if target_name != "safetensors" else made.activations)
+    return replace(made, provenance={**made.provenance, "layers": layers}, activations={**before, **own})
 
 
 def _with_scales(checkpoint: Checkpoint, dtype: str) -> Checkpoint:

@@ -15,7 +15,7 @@ from . import recipes, resources
 from .blocks import observe, observed
 from .job import Job, refuse_existing, temporary, work_folder
 from .locate import load_tokenizer, locate
-from .output import readable_errors
+from .output import readable_errors, refuse_own_input
 from .quantize import job_key, windows_of
 from .setup import memory_estimate, set_up
 
@@ -56,7 +56,9 @@ def imatrix(
         raise RecipeError(f"the output {output} says no form of importance matrix; expected a name that ends in .gguf, or in .dat for the older form.")
     refuse_existing(output, resume=resume, overwrite=overwrite)
     draft = recipes.parse("float16-weighted-rtn", target_name="gguf")  # which asks for sum_sq of every matrix, whatever its shape
-    setup = set_up(locate(model, progress=progress), draft, calibration, n_samples, seq_len, seed, device, dtype, progress)
+    located = locate(model, progress=progress)
+    refuse_own_input(output, located)
+    setup = set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress)
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
         windows = windows_of(setup, load_tokenizer(setup.checkpoint, Path(scratch)), as_llama_cpp=True)
         states = windows.ids.numel() * setup.skeleton.text_config.hidden_size * setup.dtype.itemsize

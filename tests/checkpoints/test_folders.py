@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit import numerics
 from lowbit.checkpoints import TARGETS, open_checkpoint
 from lowbit.checkpoints.checkpoint import Checkpoint, LazyQuantized, LazyTensor
-from lowbit.errors import LowbitError
+from lowbit.checkpoints.safetensors import read_metadata
+from lowbit.errors import CheckpointError, LowbitError
 from lowbit.pipeline.consumers import consumer_of
 from lowbit.scheme import Activation, Scheme
 
@@ -76,6 +78,39 @@ def test_bitnet_with_biases_has_the_inverse_scale(tmp_path):
 def test_what_cannot_be_is_refused(kind, scheme, shape, message):
     with pytest.raises(LowbitError, match=message):
         TARGETS[kind].check(scheme, shape, NAME)
+
+
+@pytest.mark.parametrize("value", [-9, 8])
+def test_torchao_zero_points_beyond_the_codes(tmp_path, value):
+    folder = written("torchao", numerics.quantize(weights(), Scheme(bits=4, block=(1, 32), symmetric=False)), tmp_path)
+    tensors, metadata = load_file(folder / "model.safetensors"), read_metadata(folder)
+    tensors[NAME.replace("weight", "_weight_zero_point")][0, 0] = value
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match="zero-point is outside of 4 bits"):
+        open_checkpoint(folder).quantized[NAME].load()
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("bitnet", "bitnet"), ("awq", "int4-asym-g32-rtn"), ("torchao", "int4-sym-g32-rtn"), ("auto-round", "int4-sym-g32-rtn"), ("hqq", "int4-asym-g32-hqq")])
+def test_dense_linears_are_named(model_folder, tmp_path, kind, recipe):
+    """A vision tower stays as it is: without its names programs would look for packed weights there, and transformers fills what it does not find with random numbers."""
+    lowbit.quantize(model_folder("gemma3-vision"), recipe, tmp_path / "out", target_name=kind)
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if kind == "hqq":  # one set of parameters would be for all linear layers; with tags it is for those named
+        assert "language_model.mlp.up_proj" in section["quant_config"] and not any("vision" in tag for tag in section["quant_config"])
+    else:
+        named = section.get("modules_to_not_convert") or section["extra_config"]
+        assert "vision_tower.encoder.layers.0.mlp.fc1" in named and not any("language_model.layers" in name for name in named)
+
+
+@pytest.mark.consumer
+def test_transformers_leaves_a_vision_tower_of_bitnet_alone(model_folder, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers loads BitNet folders with accelerate")
+    from transformers import AutoModelForImageTextToText
+
+    lowbit.quantize(model_folder("gemma3-vision"), "bitnet", tmp_path / "out")
+    with torch.compiler.set_stance("force_eager"):
+        _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
 
 
 def plain_logits(folder, stream, ids):

@@ -86,6 +86,21 @@ def test_whole_job(save_model, tmp_path, recipe, stream, text_file):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gemma3-vision", "llama-tied"])
+def test_transformers_reports_nothing_that_is_not_so(save_model, tmp_path, name):
+    """Names that transformers changes, and a head tied to an embedding that is quantized: nothing is "newly initialized"."""
+    import lowbit.hf
+
+    lowbit.quantize(save_model(name, tmp_path / "model"), "int8-sym-g32-rtn", tmp_path / "out", target_name="lowbit")
+    folder = convert(tmp_path / "out", "lowbit", tmp_path / "all", outside="q8_0").path
+    auto = transformers.AutoModelForImageTextToText if name == "gemma3-vision" else transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, variant="lowbit", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, lowbit.load(folder, dtype="float32")(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_experts_and_shards(save_model, tmp_path, stream):
     """Experts are decoded, also by transformers; several shards have transformers' names."""
     import lowbit.hf
@@ -166,3 +181,12 @@ def test_hostile_tensors(sound, part, change, message):
     made = change(tensors.pop(key, None))
     save_file({**tensors, **({} if made is None else {key: made})}, file, metadata={"format": "pt"})
     assert message in refused(sound)
+
+
+def test_zero_points_beyond_the_codes(tmp_path):
+    folder = written(numerics.quantize(weights(), Scheme(bits=4, block=(1, 32), symmetric=False)), tmp_path / "out")
+    file = folder / "model.lowbit.safetensors"
+    tensors = load_file(file)
+    tensors[f"{NAME.removesuffix('weight')}zero_point"][0, 0] = 16
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "a zero-point is 16; expected at most 15" in refused(folder)

@@ -137,3 +137,27 @@ def test_push_takes_only_models(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
     with pytest.raises(LowbitError, match="holds no weights"):
         push(tmp_path, "me/model", dry_run=True)
+
+
+def test_what_is_not_quantized_is_not_said_to_be(original, tmp_path):
+    made = convert(original, "gguf", tmp_path / "m.gguf").path
+    head, text = metadata(made.with_name("m.gguf.README.md"))
+    assert head["tags"] == ["lowbit"] and "in the layout gguf." in text and "quantized with" not in text
+    card.write_card(made, base="org/Model-1", location=tmp_path / "README.md")
+    head, _ = metadata(tmp_path / "README.md")
+    assert head["base_model"] == "org/Model-1" and "base_model_relation" not in head
+
+
+def test_codes_of_others_are_not_said_to_be_ours(result, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in result.iterdir():
+        if file.name not in ("lowbit.json", "README.md"):
+            (source / file.name).write_bytes(file.read_bytes())
+    head, text = metadata(convert(source, "lowbit", tmp_path / "out").path / "README.md")
+    assert "quantized" in head["tags"] and "in the layout lowbit." in text and "quantized with" not in text
+
+
+def test_measured_of_a_model_that_is_not_here(tmp_path):
+    with pytest.raises(LowbitError, match="no folder or file here"):
+        card.write_measured(tmp_path / "org" / "model", "| table |")

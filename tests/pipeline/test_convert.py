@@ -92,3 +92,50 @@ def test_dense_is_exact_in_the_models_own_dtype(made, tmp_path, stream):
 
 def test_nothing_quantized(model_folder, tmp_path):
     assert "No matrix is quantized" in convert(model_folder("llama"), "lowbit", tmp_path / "out").statement
+
+
+def test_rounded_inputs_are_said_or_refused(made, tmp_path):
+    """Dense weights whose inputs are rounded stay so only in dense folders."""
+    source = made("safetensors", "int8-sym-channel-rtn-a8")
+    with pytest.raises(RecipeError, match="rounds the inputs of 21 layers"):
+        convert(source, "lowbit", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert(source, "safetensors", tmp_path / "dense")
+    assert open_checkpoint(tmp_path / "dense").activations == open_checkpoint(source).activations != {}
+
+
+@pytest.mark.parametrize("target", ["lowbit", "safetensors", "compressed-tensors"])
+def test_requantize_rounds_inputs_as_the_recipe_says(made, tmp_path, target):
+    convert(made("lowbit", "int4-sym-g32-rtn"), target, tmp_path / "out", requantize="int8-sym-channel-a8")
+    found = open_checkpoint(tmp_path / "out").activations
+    assert len(found) == 21 and {rounding.act.bits for rounding in found.values()} == {8}
+
+
+def test_requantize_says_what_becomes_of_rounded_inputs(made, tmp_path):
+    source = made("compressed-tensors", "int8-sym-channel-rtn-a8")
+    dropped = convert(source, "gguf", tmp_path / "m.gguf", requantize="q8_0")
+    assert "rounds the inputs of 21 layers" in dropped.notes[0] and not open_checkpoint(dropped.path).activations
+    kept = convert(source, "lowbit", tmp_path / "kept", requantize="int4-sym-g32")
+    assert not kept.notes and open_checkpoint(kept.path).activations == open_checkpoint(source).activations
+    assert {entry.scheme.format for entry in open_checkpoint(dropped.path).quantized.values()} == {"q8_0"}
+    with pytest.raises(RecipeError, match=r"q4_k_m is a mixture.*expected one type, such as q4_k\."):
+        convert(source, "gguf", tmp_path / "mixed.gguf", requantize="q4_k_m")
+    with pytest.raises(RecipeError, match="conversion has no data"):
+        convert(source, "compressed-tensors", tmp_path / "static", requantize="int8-sym-channel-a8-static")
+
+
+def test_gptq_has_no_place_for_a_dense_layer(save_model, tmp_path):
+    source = tmp_path / "kept.toml"
+    source.write_text('scheme = "int4-sym-g32"\nalgorithm = "rtn"\nscale_dtype = "float16"\n[[rules]]\nmatch = "*.1.mlp.down_proj"\nscheme = "keep"\n')
+    made = lowbit.quantize(save_model("llama", tmp_path / "model"), str(source), tmp_path / "mixed", target_name="compressed-tensors").path
+    with pytest.raises(RecipeError, match=r"layers\.1\.mlp\.down_proj.*GPTQ folder"):
+        convert(made, "gptq", tmp_path / "out")
+    convert(made, "awq", tmp_path / "awq")
+    assert 'layers.1.mlp.down_proj"' in (tmp_path / "awq" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("target", ["lowbit", "hqq"])
+def test_real_zero_points_in_bfloat16_go_on_from_torchao(save_model, tmp_path, target):
+    lowbit.quantize(save_model("llama", tmp_path / "model", dtype=torch.bfloat16), "int4-asym-g32-hqq", tmp_path / "torchao", target_name="torchao")
+    made_one = convert(tmp_path / "torchao", target, tmp_path / "out")
+    assert made_one.exact == made_one.matrices == 21

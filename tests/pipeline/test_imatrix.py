@@ -11,6 +11,7 @@ from lowbit.checkpoints import gguf, open_checkpoint
 from lowbit.checkpoints.imatrix import of_model, read_imatrix
 from lowbit.errors import CheckpointError, JobError, RecipeError
 from lowbit.numerics import ggml
+from lowbit.pipeline.convert import convert
 from lowbit.pipeline.imatrix import imatrix
 from lowbit.pipeline.quantize import quantize
 from lowbit.progress import Progress
@@ -186,3 +187,11 @@ def test_llama_quantize_takes_it(model, tmp_path, form, llama_program):
             elif key in stats:
                 lost = [float((stats[key].importance() * (made.dense(key).float() - source.dense(key)).square()).sum()) for made in (ours, theirs)]
                 assert lost[0] <= 1.02 * lost[1], key
+
+
+def test_the_model_itself_is_not_overwritten(model_folder, tmp_path):
+    file = convert(model_folder("llama"), "gguf", tmp_path / "model.gguf").path
+    before = file.read_bytes()
+    with pytest.raises(JobError, match="where the model itself is"):
+        imatrix(file, file, n_samples=2, seq_len=32, overwrite=True)
+    assert file.read_bytes() == before
