@@ -40,3 +40,100 @@ SETTINGS = {
     "q3_k": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 2e-4, "lr": 2e-5, "lr_scales": 1e-4},
 }
 SECONDS_PER_EPOCH = 130  # of the block phase, 64 windows of 512 tokens of SmolLM2, measured
+MAKE = """
+import json, sys, lowbit
+arguments = json.loads(sys.argv[1])
+made = lowbit.quantize(arguments["model"], arguments["recipe"], arguments["out"], target_name=arguments["target"], calibration=arguments["data"], n_samples=64, seq_len=512, overwrite=True)
+print(json.dumps({"seconds": made.seconds}))
+"""
+TRAIN = """
+import json, sys
+from pathlib import Path
+from lowbit.training.blockwise import BlockOptions
+from lowbit.training.qat import QatOptions, qat
+a = json.loads(sys.argv[1])
+s = a["settings"]
+options = QatOptions(
+    blocks=BlockOptions(a["epochs"], s["block_lr"], s["block_lr_scales"]), phases=("blocks", "end") if a["epochs"] else ("end",), minutes=a["end_minutes"], lr=s["lr"], lr_scales=s["lr_scales"]
+)
+work = Path(a["out"] + ".train")
+made = qat(a["model"], a["recipe"], a["out"], data=a["data"], target_name=a["target"], options=options, resume=work.exists())
+print(json.dumps({"seconds": made.seconds, "phase_seconds": made.phase_seconds, "curve": made.curve}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("evaluation")
+    parser.add_argument("--only", help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--minutes", type=float, nargs="*", default=[15, 60])
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lowbit-training")
+    parser.add_argument("--list", action="store_true", help="name what is still to be made, and stop")
+    parser.add_argument("--markdown", action="store_true", help="print what is there as a table, and stop")
+    a = parser.parse_args()
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    if a.markdown:
+        print(markdown(rows))
+        return
+    done = {(row["name"], row["what"]) for row in rows}
+    whats = ["rounding", "post-training", *(f"{minutes:g} minutes" for minutes in a.minutes)]
+    todo = [(name, what) for name in FORMATS if a.only in (None, name) for what in whats if (name, what) not in done]
+    if a.list:
+        print("\n".join(f"{name:8} {what}" for name, what in todo))
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    a.work.mkdir(parents=True, exist_ok=True)
+    for name, what in todo:
+        row = {"name": name, "what": what, "model": Path(a.model).name, **made_row(a, name, what), "machine": machine(), "commit": commit()}
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{name:8} {what:14} KL {row['kl']['value']:.4f}  ppl {row['perplexity']:.2f}  {row['file_bytes'] / 1e6:.1f} MB  {row['seconds']:.0f} s", flush=True)
+
+
+def made_row(a: argparse.Namespace, name: str, what: str) -> dict:
+    words, algorithm, target = FORMATS[name]
+    out = a.work / f"{name}-{what.replace(' ', '-')}{'.gguf' if target == 'gguf' else ''}"
+    arguments = {"model": a.model, "data": a.data, "out": str(out), "target": target, "recipe": f"{words}-{'rtn' if what == 'rounding' else algorithm}"}
+    if what.endswith("minutes"):
+        minutes, settings = float(what.split()[0]), SETTINGS[name]
+        epochs = round(settings["blocks"] * minutes * 60 / SECONDS_PER_EPOCH)
+        end = minutes - epochs * SECONDS_PER_EPOCH / 60
+        arguments |= {"settings": settings, "epochs": epochs, "end_minutes": end}
+        found = run(TRAIN, arguments) | {"settings": settings, "epochs": epochs, "end_minutes": round(end, 1)}
+    else:
+        found = run(MAKE, arguments)
+    return {"recipe": arguments["recipe"], **found, **measured(a, out)}
+
+
+def run(code: str, arguments: dict) -> dict:
+    made = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], stdout=subprocess.PIPE, text=True)
+    if made.returncode:
+        raise SystemExit(made.returncode)
+    return {**json.loads(made.stdout.splitlines()[-1]), "peak_rss_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+
+
+def measured(a: argparse.Namespace, out: Path) -> dict:
+    import lowbit
+
+    table = lowbit.compare([out], against=a.model, text=a.evaluation, ctx=LENGTH, n_windows=WINDOWS, noise_floor=False)
+    row = table.rows[1]
+    summary = row.summaries["llama.cpp"]
+    return {"file_bytes": row.size.file_bytes, "bits_per_weight": row.size.linear_bits, "perplexity": summary.perplexity.value, "kl": vars(summary.kl_mean), "top1": summary.agreement.value}
+
+
+def markdown(rows: list[dict]) -> str:
+    """A line for each number format and way, with the share of the post-training KL that is left."""
+    start = {row["name"]: row["kl"]["value"] for row in rows if row["what"] == "post-training"}
+    lines = ["| number format | | MB | perplexity | mean KL (95%) | of the start's | seconds |", "|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (list(FORMATS).index(row["name"]), row["seconds"])):
+        kl = row["kl"]
+        share = f"{kl['value'] / start[row['name']]:.2f}" if row["name"] in start else ""
+        interval = f"{kl['value']:.4f} ({kl['low']:.4f} to {kl['high']:.4f})"
+        lines.append(f"| {row['name']} | {row['what']} | {row['file_bytes'] / 1e6:.1f} | {row['perplexity']:.2f} | {interval} | {share} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,9 @@ Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quan
     code = clip(round(W / s + V) + zero, 0, 2^b - 1)          V in [-0.5, 0.5]
     s, zero from alpha * max and beta * min of the group       alpha, beta in [0, 1]
 
-V, alpha and beta move by lr * sign(gradient), lr falling linearly to 0; gradients pass the rounding straight through. The parameters with the least loss are
-kept. A block-level algorithm: its layers are learned together, on inputs that come through the blocks already quantized, against the original model's output.
+V, alpha and beta move by lr * sign(gradient), lr falling linearly to 0; gradients pass the rounding straight through. What is kept is their mean over the last fifth of the
+steps (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992), if its error on all sequences is below that of plain rounding; the authors keep the step whose own few sequences
+had the least error, which on three blocks of SmolLM2 was 1 to 7% worse. A block-level algorithm: its layers are learned together, on inputs that come through the blocks already quantized, against the original model's output.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..scheme import Scheme
 from ..tensor import QuantizedTensor
 
 SMALLEST_SCALE = 1e-5
+AVERAGED = 0.2  # of the steps, the last ones
 CHUNK = 1 << 17  # weights
 
 
@@ -46,11 +48,12 @@ class Task:
     """A block to be learned. assign: puts weights float32 [out, in] by name into the block, differentiably. loss: the mean squared error of its output on some of the batches,
     which are of so many sequences each.
 
-    loss(numbers) adds the gradient of the mean over the batches numbered to whatever was assigned, and returns the mean.
+    loss(numbers) adds the gradient of the mean over the batches numbered to whatever was assigned, and returns the mean. error(): the mean over all batches, without gradients.
     """
 
     assign: Callable[[dict[str, Tensor]], None]
     loss: Callable[[list[int]], float]
+    error: Callable[[], float]
     batches: int
     sequences_per_batch: int
 
@@ -105,16 +108,21 @@ def autoround(weights: dict[str, Tensor], schemes: dict[str, Scheme], task: Task
     generator = torch.Generator().manual_seed(seed)
     lr = options.lr or 1 / options.iterations
     count = min(task.batches, max(1, round(options.batch / task.sequences_per_batch)))
-    first, least, best = float("nan"), float("inf"), [parameter.detach().clone() for parameter in parameters]
+
+    def error() -> float:
+        task.assign({name: layer.decoded().detach() for name, layer in layers.items()})
+        return task.error()
+
+    with torch.no_grad():
+        first = error()
+        start, mean = [[parameter.detach().clone() for parameter in parameters] for _ in range(2)]
+    averaged = max(1, int(AVERAGED * options.iterations))
     for iteration in range(options.iterations):
         with torch.enable_grad():
             values = {name: layer.decoded() for name, layer in layers.items()}
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         task.assign(leaves)
-        loss = task.loss(torch.randperm(task.batches, generator=generator)[:count].tolist())
-        first = loss if iteration == 0 else first
-        if loss < least:
-            least, best = loss, [parameter.detach().clone() for parameter in parameters]
+        task.loss(torch.randperm(task.batches, generator=generator)[:count].tolist())
         used = [name for name in values if leaves[name].grad is not None]
         gradients = torch.autograd.grad([values[name] for name in used], parameters, [leaves[name].grad for name in used], allow_unused=True)
         with torch.no_grad():
@@ -125,9 +133,16 @@ def autoround(weights: dict[str, Tensor], schemes: dict[str, Scheme], task: Task
                 layer.V.clamp_(-0.5, 0.5)
                 layer.alpha.clamp_(0, 1)
                 layer.beta.clamp_(0, 1)
+            if (seen := iteration - (options.iterations - averaged)) >= 0:
+                for kept, parameter in zip(mean, parameters, strict=True):
+                    kept.lerp_(parameter, 1 / (seen + 1))
     with torch.no_grad():
-        for parameter, kept in zip(parameters, best, strict=True):
+        for parameter, kept in zip(parameters, mean, strict=True):
             parameter.copy_(kept)
+        if not (least := error()) <= first:
+            least = first
+            for parameter, kept in zip(parameters, start, strict=True):
+                parameter.copy_(kept)
     return {name: layer.result(str(weights[name].dtype).removeprefix("torch.")) for name, layer in layers.items()}, first, least
 
 

@@ -30,19 +30,26 @@ def learn_block(
     weights = {linear.name: get_weight(block, linear).float().cpu().clone() for linear in linears}
     slots = _Slots(block, linears)
 
+    def measured(number: int) -> Tensor:
+        output = streamer.run_block_with_gradient(block, index, number, source.read(number, streamer.device))
+        error = (output.float() - target.read(number, streamer.device).float()).square()
+        mask = streamer.batches[number].mask
+        return (error if mask is None else error[mask.to(error.device)]).mean()
+
     def loss(numbers: list[int]) -> float:
         total = 0.0
         for number in numbers:
             with torch.enable_grad():
-                output = streamer.run_block_with_gradient(block, index, number, source.read(number, streamer.device))
-                error = (output.float() - target.read(number, streamer.device).float()).square()
-                mask = streamer.batches[number].mask
-                mean = (error if mask is None else error[mask.to(error.device)]).mean() / len(numbers)
+                mean = measured(number) / len(numbers)
                 mean.backward()
             total += float(mean.detach())
         return total
 
-    task = Task(slots.assign, loss, len(streamer.batches), len(streamer.batches[0].ids))
+    def error() -> float:
+        with torch.no_grad():
+            return sum(float(measured(number)) for number in range(len(streamer.batches))) / len(streamer.batches)
+
+    task = Task(slots.assign, loss, error, len(streamer.batches), len(streamer.batches[0].ids))
     learn: Any = algorithm(plan.algorithm).run
     try:
         made, first, least = learn(weights, {name: plans[name].scheme for name in weights}, task, plan.options, seed=seed)

@@ -50,7 +50,8 @@ def problem():
             total += float(mean.detach())
         return total
 
-    return {"a": A, "b": B}, Task(assigned.update, loss, 6, 1), lambda values: sum(float((run(values, n) - run({"a": A, "b": B}, n)).square().mean()) for n in range(6))
+    error = lambda values: sum(float((run(values, n) - run({"a": A, "b": B}, n)).square().mean()) for n in range(6))
+    return {"a": A, "b": B}, Task(assigned.update, loss, lambda: error(assigned) / 6, 6, 1), error
 
 
 SCHEMES = [Scheme(bits=3, block=(1, 16), symmetric=False), Scheme(bits=2, block=(1, 32)), Scheme(bits=4, block=(1, -1)), Scheme(bits=4, block=(-1, -1), range="full")]

@@ -32,13 +32,16 @@ def run(name, W, scheme, stats, options, notes):
         return entry.run(W, scheme, stats, options, notes)
     assigned = {}
 
-    def loss(numbers):
+    def measured():
         D = assigned["W"] - W.float()
-        total = ((D @ (stats.hessian / stats.n_tokens)) * D).mean()
+        return ((D @ (stats.hessian / stats.n_tokens)) * D).mean()
+
+    def loss(numbers):
+        total = measured()
         total.backward()
         return float(total.detach())
 
-    return entry.run({"W": W}, {"W": scheme}, Task(assigned.update, loss, 1, 1), options, seed=0)[0]["W"]
+    return entry.run({"W": W}, {"W": scheme}, Task(assigned.update, loss, lambda: float(measured()), 1, 1), options, seed=0)[0]["W"]
 
 
 def options_of(name):
