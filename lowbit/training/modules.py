@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import FormatError
 from ..numerics import activations
 from ..scheme import Rounding
+from ..tensor import QuantizedTensor
 from .views import View
 
 
@@ -41,6 +43,14 @@ class FakeQuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.view(self.weight), self.padding_idx)
         return rows if self.factor is None else rows * self.factor
+
+
+def quantized(layer: FakeQuantLinear | FakeQuantEmbedding, name: str) -> QuantizedTensor:
+    """The matrix of a layer as data; FormatError with its name for one that holds NaN."""
+    try:
+        return layer.view.quantized(layer.weight)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error} Lower the learning rates, or compute in float32.") from error
 
 
 class ActView(nn.Module):

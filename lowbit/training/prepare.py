@@ -21,7 +21,7 @@ from ..recipe import Recipe
 from ..scheme import CASTS
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
-from .modules import ActView, FakeQuantEmbedding, FakeQuantLinear
+from .modules import ActView, FakeQuantEmbedding, FakeQuantLinear, quantized
 from .views import View
 
 MARGIN = 0.45  # of a step: how far a master may lie from the value of its code at the start
@@ -39,9 +39,10 @@ def prepare(
     """
     linears, outside = matrices(model)
     draft = recipes.parse(recipe, target_name=target_name)
-    settled, _ = recipes.settle(draft, {f"{name}.weight": (m.out_features, m.in_features) for name, m in linears.items()}, _dtype_name(model))
     shapes = {f"{name}.weight": (m.out_features, m.in_features) for name, m in linears.items()}
+    settled, _ = recipes.settle(draft, shapes, _dtype_name(model))
     plans = recipes.resolve(settled, shapes, {f"{name}.weight": tuple(m.weight.shape) for name, m in outside.items()}, model.config.to_dict())
+    refuse_untrainable(settled, plans)
     tied = _tied_head(model)
     views: dict[int, tuple[nn.Parameter, View]] = {}
     for parameter, plan in plans.items():
@@ -49,7 +50,6 @@ def prepare(
         module = linears.get(name) or outside[name]
         if plan.scheme.format in CASTS:
             continue
-        affine.check(plan.scheme)
         begun = None if start is None else _begun(start, parameter, plan)
         weight, view = _master(module.weight, plan, begun, scales, masters)
         views[id(module.weight)] = weight, view
@@ -61,6 +61,22 @@ def prepare(
     return model
 
 
+def refuse_untrainable(recipe: Recipe, plans: Mapping[str, LayerPlan]) -> None:
+    """Raise RecipeError for a recipe whose result cannot be what training works on."""
+    if recipe.transforms:
+        raise RecipeError(f"{recipe.name} rewrites the model ({', '.join(recipe.transforms)}), and training begins with the weights as they are. Leave that out; training learns more than it gives.")
+    if recipe.target == "safetensors":
+        raise RecipeError("the target safetensors holds dense weights and no codes. Train for a layout that keeps codes (--to lowbit holds all), and convert the result.")
+    for name, plan in plans.items():
+        if plan.scheme.format not in CASTS:
+            try:
+                affine.check(plan.scheme)
+            except RecipeError as error:
+                raise RecipeError(f"{name.removesuffix('.weight')}: {error}") from error
+    if all(plan.scheme.format in CASTS for plan in plans.values()):
+        raise RecipeError(f"{recipe.name} quantizes nothing that is trained: name a number format, such as int4-asym-g64.")
+
+
 def matrices(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear | nn.Embedding]]:
     """The linear layers of the blocks and, apart, embedding and head (where it is not tied), by module name."""
     blocks = sk.find_blocks(model)
@@ -69,6 +85,8 @@ def matrices(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict[str, nn
         if sk.is_experts(module):
             raise ModelError(f"{name}: experts in one tensor cannot be trained yet. Models without experts can.")
     linears = {name: module for name, module in inside.items() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise ModelError(f"{type(model).__name__}: its blocks hold no plain linear layer (GPT-2 keeps its weights in Conv1D layers), so it cannot be trained as it will be stored.")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = {name: module for name, module in model.named_modules() if module is embedding or (module is head and head.weight is not embedding.weight)}
     return linears, ends
@@ -142,7 +160,7 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
-            found[f"{name}.weight"] = module.view.quantized(module.weight)
+            found[f"{name}.weight"] = quantized(module, f"{name}.weight")
         elif isinstance(module, QuantLinear):
             found[f"{name}.weight"] = module.quantized()
     return found
@@ -153,10 +171,10 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, FakeQuantLinear):
             rounding = None if module.act is None else module.act.rounding()
-            made = QuantLinear(module.view.quantized(module.weight), module.bias, rounding, torch.float32)
+            made = QuantLinear(quantized(module, f"{name}.weight"), module.bias, rounding, torch.float32)
             model.set_submodule(name, made.to(module.weight.device).train(module.training))
         elif isinstance(module, FakeQuantEmbedding):
-            module.weight.data = numerics.dequantize(module.view.quantized(module.weight))
+            module.weight.data = numerics.dequantize(quantized(module, f"{name}.weight"))
     return model
 
 
