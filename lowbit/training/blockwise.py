@@ -25,13 +25,15 @@ from .modules import FakeQuantLinear, quantized
 from .prepare import in_cells
 from .views import View
 
-
 LEAST = 1 / 20  # of the learning rates, at the end
 
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """epochs over the text; lr of the weights, lr_scales of scales and zero-points (AdamW, both falling to a twentieth along a cosine). skip_first: leave the first token out of the error. scales: see views.View."""
+    """epochs over the text; lr of the weights, lr_scales of scales and zero-points (AdamW, both falling to a twentieth along a cosine). skip_first: leave the first token out of the error.
+
+    scales: see views.View.
+    """
 
     epochs: int = 4
     lr: float = 5e-5
