@@ -13,12 +13,21 @@ from .views import View
 
 
 class FakeQuantLinear(nn.Linear):
-    """y = round(x) Q(W)^T + bias. weight [out, in] is the master; view gives Q(W), what the file will hold; act: how inputs are rounded (see ActView)."""
+    """y = round(x) Q(W)^T + bias. weight [out, in] is the master; view gives Q(W), what the file will hold; act: how inputs are rounded (see ActView).
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, view: View, act: ActView | None = None) -> None:
+    tied: the view is the embedding's, which has it in its state (as a tied weight, it is stored once).
+    """
+
+    view: View
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, view: View, act: ActView | None = None, *, tied: bool = False) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight, self.view, self.act = weight, view, act
+        self.weight, self.act = weight, act
+        if tied:
+            self.__dict__["view"] = view
+        else:
+            self.view = view
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

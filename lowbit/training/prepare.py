@@ -18,12 +18,16 @@ from ..numerics import activations, affine
 from ..pipeline import recipes
 from ..pipeline.recipes import LayerPlan
 from ..recipe import Recipe
-from ..scheme import CASTS
+from ..scheme import CASTS, INT
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor
 from .modules import ActView, FakeQuantEmbedding, FakeQuantLinear, quantized
 from .views import View
 
+ROUNDING = {  # targets that round zero-points on the way, so that the file would not be what was trained
+    "gguf": "as a scale and a minimum in float16, which rounds the zero-points that were trained. Train a type that GGUF has, such as q4_1 or q4_k, or symmetric integers.",
+    "torchao": "with zero-points moved by half of the range, which rounds them. Write --to hqq or --to lowbit, and convert the result.",
+}
 MARGIN = 0.45  # of a step: how far a master may lie from the value of its code at the start
 
 
@@ -56,7 +60,7 @@ def prepare(
         _replace(model, name, module, weight, view, _rounding(plan, start, parameter))
     if tied is not None and id(tied[1].weight) in views and not isinstance(model.get_submodule(tied[0]), FakeQuantLinear):
         weight, view = views[id(tied[1].weight)]
-        _replace(model, tied[0], tied[1], weight, view, None)
+        _replace(model, tied[0], tied[1], weight, view, None, tied=True)
     model.lowbit_recipe = settled  # type: ignore[assignment]
     return model
 
@@ -68,11 +72,15 @@ def refuse_untrainable(recipe: Recipe, plans: Mapping[str, LayerPlan]) -> None:
     if recipe.target == "safetensors":
         raise RecipeError("the target safetensors holds dense weights and no codes. Train for a layout that keeps codes (--to lowbit holds all), and convert the result.")
     for name, plan in plans.items():
-        if plan.scheme.format not in CASTS:
-            try:
-                affine.check(plan.scheme)
-            except RecipeError as error:
-                raise RecipeError(f"{name.removesuffix('.weight')}: {error}") from error
+        if plan.scheme.format in CASTS:
+            continue
+        try:
+            affine.check(plan.scheme)
+        except RecipeError as error:
+            raise RecipeError(f"{name.removesuffix('.weight')}: {error}") from error
+        asymmetric = plan.scheme.format == INT and not plan.scheme.symmetric
+        if asymmetric and recipe.target in ROUNDING and (recipe.target == "gguf" or plan.scheme.zero_dtype == "float"):
+            raise RecipeError(f"{name.removesuffix('.weight')}: {recipe.target} stores {plan.scheme.name} {ROUNDING[recipe.target]}")
     if all(plan.scheme.format in CASTS for plan in plans.values()):
         raise RecipeError(f"{recipe.name} quantizes nothing that is trained: name a number format, such as int4-asym-g64.")
 
@@ -143,10 +151,10 @@ def _rounding(plan: LayerPlan, start: Checkpoint | None, parameter: str) -> ActV
     return ActView(known or activations.settle(plan.scheme.act, LayerStats()))
 
 
-def _replace(model: PreTrainedModel, name: str, module: nn.Linear | nn.Embedding, weight: nn.Parameter, view: View, act: ActView | None) -> None:
+def _replace(model: PreTrainedModel, name: str, module: nn.Linear | nn.Embedding, weight: nn.Parameter, view: View, act: ActView | None, *, tied: bool = False) -> None:
     if isinstance(module, nn.Linear):
         bias = None if module.bias is None else nn.Parameter(module.bias.detach().float())
-        made: nn.Module = FakeQuantLinear(weight, bias, view, act)
+        made: nn.Module = FakeQuantLinear(weight, bias, view, act, tied=tied)
     else:
         if type(module) is not nn.Embedding and not hasattr(module, "embed_scale"):
             raise ModelError(f"{name} is a {type(module).__name__}, which cannot be trained as it will be stored. Keep it with a rule.")
