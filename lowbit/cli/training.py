@@ -38,7 +38,7 @@ def qat(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.", min=8)] = 512,
     eval_every: Annotated[int, typer.Option(help="Steps between measurements of the held-out KL; a checkpoint is kept at each.", min=1)] = 50,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")] = False,
-    log_to: Annotated[str | None, typer.Option(help="tensorboard: curves in OUT.train/steps.", show_default=False)] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard: curves while it runs in OUT.train/steps/runs, then in OUT.runs.", show_default=False)] = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,

@@ -6,6 +6,7 @@ holds one block. The first token of a window is left out of the error: its hidde
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,19 +21,25 @@ from ..models.linears import Linear, get_weight
 from ..pipeline.hidden import HiddenStates
 from ..pipeline.streaming import Streamer
 from ..tensor import QuantizedTensor
-from .modules import FakeQuantLinear
+from .modules import FakeQuantLinear, quantized
 from .prepare import in_cells
 from .views import View
+
+LEAST = 1 / 20  # of the learning rates, at the end
 
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """epochs over the text; lr of the weights, lr_scales of scales and zero-points (AdamW, both falling to a twentieth along a cosine). skip_first: leave the first token out of the error."""
+    """epochs over the text; lr of the weights, lr_scales of scales and zero-points (AdamW, both falling to a twentieth along a cosine). skip_first: leave the first token out of the error.
+
+    scales: see views.View.
+    """
 
     epochs: int = 4
     lr: float = 5e-5
     lr_scales: float = 5e-4
     skip_first: bool = True
+    scales: str = "learned"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,12 +60,14 @@ class Blockwise:
         self, index: int, block: nn.Module, original: nn.Module, linears: list[Linear], tensors: dict[str, QuantizedTensor], streamer: Streamer, source: HiddenStates, target: HiddenStates
     ) -> tuple[dict[str, QuantizedTensor], dict]:
         layers: dict[str, FakeQuantLinear] = {}
+        places: dict[str, nn.Linear] = {}
         for linear in linears:
             place = block.get_submodule(linear.module)
             if type(place) is not nn.Linear:
                 raise ModelError(f"{linear.name}: only plain linear layers can be trained; this one is in a {type(place).__name__}.")
             start = tensors[linear.name]
-            view = View(start).to(place.weight.device)
+            view = View(start, self.options.scales).to(place.weight.device)
+            places[linear.name] = place
             with torch.no_grad():
                 master = nn.Parameter(in_cells(get_weight(original, linear).float(), start, view))
             layers[linear.name] = FakeQuantLinear(master, place.bias, view)
@@ -67,12 +76,11 @@ class Blockwise:
             first, last = self._train(index, block, list(layers.values()), streamer, source, target)
         self.masters.mkdir(parents=True, exist_ok=True)
         save_file({name: layer.weight.detach().cpu() for name, layer in layers.items()}, self.masters / f"block-{index:05d}.safetensors")
-        made = {name: layer.view.quantized(layer.weight) for name, layer in layers.items()}
+        made = {name: quantized(layer, name) for name, layer in layers.items()}
         for linear in linears:
-            weight = numerics.dequantize(made[linear.name]).to(next(original.parameters()).dtype)
-            plain = original.get_submodule(linear.module)
-            plain.weight = nn.Parameter(weight, requires_grad=False)
-            block.set_submodule(linear.module, plain)
+            place = places[linear.name]
+            place.weight = nn.Parameter(numerics.dequantize(made[linear.name]).to(place.weight.dtype), requires_grad=False)
+            block.set_submodule(linear.module, place)
         return made, {"block_mse": float(f"{last:.5g}"), "start_block_mse": float(f"{first:.5g}")}
 
     def _train(self, index: int, block: nn.Module, layers: list[FakeQuantLinear], streamer: Streamer, source: HiddenStates, target: HiddenStates) -> tuple[float, float]:
@@ -80,9 +88,9 @@ class Blockwise:
         o, batches = self.options, streamer.batches
         scales = [parameter for layer in layers for parameter in layer.view.parameters()]
         groups = [{"params": [layer.weight for layer in layers], "lr": o.lr}, {"params": scales, "lr": o.lr_scales}]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"] and group["lr"]], weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, o.epochs * len(batches), eta_min=0.0)
-        schedule.base_lrs = list(schedule.base_lrs)
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        last = o.epochs * len(batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / last)) / 2)
         generator = torch.Generator().manual_seed(o.seed + index)
         means = []
         for _ in range(o.epochs):

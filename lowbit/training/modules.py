@@ -5,18 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import FormatError
 from ..numerics import activations
 from ..scheme import Rounding
+from ..tensor import QuantizedTensor
 from .views import View
 
 
 class FakeQuantLinear(nn.Linear):
-    """y = round(x) Q(W)^T + bias. weight [out, in] is the master; view gives Q(W), what the file will hold; act: how inputs are rounded (see ActView)."""
+    """y = round(x) Q(W)^T + bias. weight [out, in] is the master; view gives Q(W), what the file will hold; act: how inputs are rounded (see ActView).
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, view: View, act: ActView | None = None) -> None:
+    tied: the view is the embedding's, which has it in its state (as a tied weight, it is stored once).
+    """
+
+    view: View
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, view: View, act: ActView | None = None, *, tied: bool = False) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight, self.view, self.act = weight, view, act
+        self.weight, self.act = weight, act
+        if tied:
+            self.__dict__["view"] = view
+        else:
+            self.view = view
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,6 +52,14 @@ class FakeQuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.view(self.weight), self.padding_idx)
         return rows if self.factor is None else rows * self.factor
+
+
+def quantized(layer: FakeQuantLinear | FakeQuantEmbedding, name: str) -> QuantizedTensor:
+    """The matrix of a layer as data; FormatError with its name for one that holds NaN."""
+    try:
+        return layer.view.quantized(layer.weight)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error} Lower the learning rates, or compute in float32.") from error
 
 
 class ActView(nn.Module):

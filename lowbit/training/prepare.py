@@ -19,12 +19,16 @@ from ..numerics import activations, affine
 from ..pipeline import recipes
 from ..pipeline.recipes import LayerPlan
 from ..recipe import Recipe
-from ..scheme import CASTS
+from ..scheme import CASTS, INT
 from ..stats import LayerStats
 from ..tensor import QuantizedTensor, matrix_shape
-from .modules import ActView, FakeQuantEmbedding, FakeQuantLinear
+from .modules import ActView, FakeQuantEmbedding, FakeQuantLinear, quantized
 from .views import View
 
+ROUNDING = {  # targets that round zero-points on the way, so that the file would not be what was trained
+    "gguf": "as a scale and a minimum in float16, which rounds the zero-points that were trained. Train a type that GGUF has, such as q4_1 or q4_k, or symmetric integers.",
+    "torchao": "with zero-points moved by half of the range, which rounds them. Write --to hqq or --to lowbit, and convert the result.",
+}
 MARGIN = 0.45  # of a step: how far a master may lie from the value of its code at the start
 
 
@@ -40,9 +44,10 @@ def prepare(
     """
     linears, outside = matrices(model)
     draft = recipes.parse(recipe, target_name=target_name)
-    settled, _ = recipes.settle(draft, {f"{name}.weight": (m.out_features, m.in_features) for name, m in linears.items()}, _dtype_name(model))
     shapes = {f"{name}.weight": (m.out_features, m.in_features) for name, m in linears.items()}
+    settled, _ = recipes.settle(draft, shapes, _dtype_name(model))
     plans = recipes.resolve(settled, shapes, {f"{name}.weight": matrix_shape(m.weight.shape) for name, m in outside.items()}, model.config.to_dict())
+    refuse_untrainable(settled, plans)
     tied = _tied_head(model)
     views: dict[int, tuple[nn.Parameter, View]] = {}
     for parameter, plan in plans.items():
@@ -50,16 +55,35 @@ def prepare(
         module = linears.get(name) or outside[name]
         if plan.scheme.format in CASTS:
             continue
-        affine.check(plan.scheme)
         begun = None if start is None else _begun(start, parameter, plan)
         weight, view = _master(module.weight, plan, begun, scales, masters)
         views[id(module.weight)] = weight, view
         _replace(model, name, module, weight, view, _rounding(plan, start, parameter))
     if tied is not None and id(tied[1].weight) in views and not isinstance(model.get_submodule(tied[0]), FakeQuantLinear):
         weight, view = views[id(tied[1].weight)]
-        _replace(model, tied[0], tied[1], weight, view, None)
+        _replace(model, tied[0], tied[1], weight, view, None, tied=True)
     model.lowbit_recipe = settled  # type: ignore[assignment]
     return model
+
+
+def refuse_untrainable(recipe: Recipe, plans: Mapping[str, LayerPlan]) -> None:
+    """Raise RecipeError for a recipe whose result cannot be what training works on."""
+    if recipe.transforms:
+        raise RecipeError(f"{recipe.name} rewrites the model ({', '.join(recipe.transforms)}), and training begins with the weights as they are. Leave that out; training learns more than it gives.")
+    if recipe.target == "safetensors":
+        raise RecipeError("the target safetensors holds dense weights and no codes. Train for a layout that keeps codes (--to lowbit holds all), and convert the result.")
+    for name, plan in plans.items():
+        if plan.scheme.format in CASTS:
+            continue
+        try:
+            affine.check(plan.scheme)
+        except RecipeError as error:
+            raise RecipeError(f"{name.removesuffix('.weight')}: {error}") from error
+        asymmetric = plan.scheme.format == INT and not plan.scheme.symmetric
+        if asymmetric and recipe.target in ROUNDING and (recipe.target == "gguf" or plan.scheme.zero_dtype == "float"):
+            raise RecipeError(f"{name.removesuffix('.weight')}: {recipe.target} stores {plan.scheme.name} {ROUNDING[recipe.target]}")
+    if all(plan.scheme.format in CASTS for plan in plans.values()):
+        raise RecipeError(f"{recipe.name} quantizes nothing that is trained: name a number format, such as int4-asym-g64.")
 
 
 def matrices(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear | nn.Embedding]]:
@@ -70,6 +94,8 @@ def matrices(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict[str, nn
         if sk.is_experts(module):
             raise ModelError(f"{name}: experts in one tensor cannot be trained yet. Models without experts can.")
     linears = {name: module for name, module in inside.items() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise ModelError(f"{type(model).__name__}: its blocks hold no plain linear layer (GPT-2 keeps its weights in Conv1D layers), so it cannot be trained as it will be stored.")
     embedding: Any
     head: Any
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -128,10 +154,10 @@ def _rounding(plan: LayerPlan, start: Checkpoint | None, parameter: str) -> ActV
     return ActView(known or activations.settle(plan.scheme.act, LayerStats()))
 
 
-def _replace(model: PreTrainedModel, name: str, module: nn.Linear | nn.Embedding, weight: nn.Parameter, view: View, act: ActView | None) -> None:
+def _replace(model: PreTrainedModel, name: str, module: nn.Linear | nn.Embedding, weight: nn.Parameter, view: View, act: ActView | None, *, tied: bool = False) -> None:
     if isinstance(module, nn.Linear):
         bias = None if module.bias is None else nn.Parameter(module.bias.detach().float())
-        made: nn.Module = FakeQuantLinear(weight, bias, view, act)
+        made: nn.Module = FakeQuantLinear(weight, bias, view, act, tied=tied)
     else:
         if type(module) is not nn.Embedding and not hasattr(module, "embed_scale"):
             raise ModelError(f"{name} is a {type(module).__name__}, which cannot be trained as it will be stored. Keep it with a rule.")
@@ -145,7 +171,7 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
-            found[f"{name}.weight"] = module.view.quantized(module.weight)
+            found[f"{name}.weight"] = quantized(module, f"{name}.weight")
         elif isinstance(module, QuantLinear):
             found[f"{name}.weight"] = module.quantized()
     return found
@@ -156,10 +182,10 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, FakeQuantLinear):
             rounding = None if module.act is None else module.act.rounding()
-            made = QuantLinear(module.view.quantized(module.weight), module.bias, rounding, torch.float32)
+            made = QuantLinear(quantized(module, f"{name}.weight"), module.bias, rounding, torch.float32)
             model.set_submodule(name, made.to(module.weight.device).train(module.training))
         elif isinstance(module, FakeQuantEmbedding):
-            module.weight.data = numerics.dequantize(module.view.quantized(module.weight))
+            module.weight.data = numerics.dequantize(quantized(module, f"{name}.weight"))
     return model
 
 

@@ -1,8 +1,8 @@
 """Quantization-aware training of a whole model: a post-training result, block by block, then end to end, distilled from the original.
 
-    OUT.train/start/             the post-training result that training begins with, after the block phase (in lowbit's own layout)
+    OUT.train/start              the post-training result that training begins with, after the block phase, in the recipe's target
     OUT.train/masters/           the trained masters of the block phase
-    OUT.train/steps/             the Trainer's checkpoints
+    OUT.train/steps/             the Trainer's checkpoints; its logs (--log-to) become OUT.runs
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,26 @@ import transformers
 from torch import nn
 
 from .. import __version__
-from ..checkpoints import open_checkpoint
+from ..checkpoints import open_checkpoint, target, weight_files
 from ..checkpoints.safetensors import read_json, write_text
-from ..errors import JobError, RecipeError, missing_extra
+from ..errors import DataError, JobError, RecipeError, missing_extra
 from ..models import skeleton as sk
 from ..pipeline import recipes, resources
 from ..pipeline.calibration import Windows, default_text, packed, read_texts
-from ..pipeline.job import refuse_existing
+from ..pipeline.job import FINISHED, refuse_existing, temporary, work_folder
 from ..pipeline.locate import base_name, load_tokenizer, locate
 from ..pipeline.output import readable_errors, refuse_own_input
 from ..pipeline.output import write as write_output
 from ..pipeline.quantize import fingerprint, quantize
 from ..pipeline.selfgen import load_model, self_texts
+from ..pipeline.setup import set_up
 from ..progress import SILENT, Progress
 from ..recipe import Calibration, Recipe
 from .blockwise import BlockOptions, Blockwise, load_masters
 from .losses import divergence
-from .prepare import prepare
+from .prepare import matrices, prepare, refuse_untrainable
 from .save import as_checkpoint
+from .views import MODES
 
 PHASES = ("blocks", "end")
 STEP_SHARE = 1.15  # of a step with optimizer, measurements and checkpoints, to one without
@@ -48,7 +51,8 @@ HELD_OUT = 8  # windows of the data that are measured and not trained on
 class QatOptions:
     """phases: "blocks" (block by block), "end" (end to end) or both. start_samples: calibration windows of the start and of the block phase.
 
-    steps or minutes: how long end to end (None: one pass over the data; minutes: as many steps as two timed ones let expect). batch: windows in a step; micro: of them at once. loss: share of cross-entropy (0: KL to the original alone).
+    steps or minutes: how long end to end (None: one pass over the data; minutes: as many steps as two timed ones let expect). batch: windows in a step; micro: of them at once.
+    loss: share of cross-entropy (0: KL to the original alone).
     train: "all" weights, or "scales" (with norms). lr, lr_scales: of weights and scales; warmup: share of the steps. scales: see views.View.
     """
 
@@ -76,6 +80,13 @@ class QatOptions:
             raise RecipeError(f"train is {self.train!r}; expected all (weights, scales, norms) or scales (scales and norms).")
         if not 0 <= self.loss <= 1:
             raise RecipeError(f"loss is {self.loss}; expected the share of cross-entropy, from 0 (KL to the original alone) to 1.")
+        if self.scales not in MODES:
+            raise RecipeError(f"scales is {self.scales!r}; expected one of {', '.join(MODES)}.")
+        counts = {"steps": self.steps, "minutes": self.minutes, "eval_every": self.eval_every, "start_samples": self.start_samples, "seq_len": self.seq_len}
+        if bad := [f"{name} is {value}" for name, value in counts.items() if value is not None and value <= (7 if name == "seq_len" else 0)]:
+            raise RecipeError(f"{', '.join(bad)}; expected positive numbers, and windows of at least 8 tokens.")
+        if min(self.lr, self.lr_scales, self.warmup) < 0:
+            raise RecipeError(f"lr is {self.lr}, lr_scales {self.lr_scales} and warmup {self.warmup}; expected at least 0.")
         if self.batch < 1 or self.micro < 1 or self.batch % self.micro:
             raise RecipeError(f"batch is {self.batch} and micro {self.micro}; expected a multiple.")
 
@@ -113,31 +124,49 @@ def qat(
     transformers.TrainingArguments. resume: go on from the last checkpoint of OUT.train. Raises LowbitError before any work on bad input.
     """
     try:
-        import accelerate  # noqa: F401
+        import accelerate
     except ImportError:
         raise missing_extra("accelerate", "train", purpose="training") from None
+    if "tensorboard" in ((trainer or {}).get("report_to") or ()) and find_spec("tensorboard") is None:
+        raise missing_extra("tensorboard", "train", purpose="logging to TensorBoard")
     started, path, located = time.monotonic(), Path(output), locate(model, progress=progress)
     draft = recipes.parse(recipe, target_name=target_name or ("gguf" if path.suffix == ".gguf" else None))
+    folder = path.with_name(path.name + ".train")
+    if resume and (folder / FINISHED).exists() and path.exists() and not temporary(path).exists():  # stopped between the last two steps
+        provenance = open_checkpoint(path).provenance
+        shutil.rmtree(folder)
+        return Trained(path, [(step, kl) for step, kl in provenance["training"]["curve"]], time.monotonic() - started, {}, provenance)
     refuse_existing(path, resume=resume, overwrite=overwrite)
     refuse_own_input(path, located)
-    folder = path.with_name(path.name + ".train")
-    checkpoint = open_checkpoint(located)
-    key = {"model": fingerprint(checkpoint), "recipe": draft.recipe.to_dict(), "options": asdict(options), "seed": seed, "dtype": dtype, "data": str(data), "torch": torch.__version__}
-    _claim(folder, json.loads(json.dumps(key)), resume=resume, overwrite=overwrite)
-    place = resources.choose_device(device)
-    compute = resources.choose_dtype(dtype, place)
+    setup = set_up(located, draft, data, options.start_samples, options.seq_len, seed, device, dtype, SILENT)
+    matrices(setup.skeleton.model)  # which refuses what is not trained
+    refuse_untrainable(setup.recipe, setup.plans)
+    place, compute = setup.device, setup.dtype
+    windows = data_windows(located, data, options, seed, progress) if "end" in options.phases else None
+    key = {
+        "lowbit": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "accelerate": accelerate.__version__, "model": fingerprint(open_checkpoint(located)),
+        "weights": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(located)), "recipe": draft.recipe.to_dict(), "options": asdict(options),
+        "trainer": trainer or {}, "data": str(data) if windows is None else windows.digest, "seed": seed, "dtype": str(compute), "device": place.type, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    _claim(folder, json.loads(json.dumps(key, default=str)), resume=resume, overwrite=overwrite)
+    start = folder / f"start{target(draft.recipe.target).suffix}"
     with readable_errors(path):
-        if not (folder / "start").exists():
-            refinement = Blockwise(replace(options.blocks, seed=seed), folder / "masters") if "blocks" in options.phases else None
+        if not start.exists():
+            refinement = Blockwise(replace(options.blocks, seed=seed, scales=options.scales), folder / "masters") if "blocks" in options.phases else None
             quantize(
-                located, draft.recipe, folder / "start", target_name=None, calibration=data, n_samples=options.start_samples, seq_len=options.seq_len, device=device, dtype=dtype,
-                seed=seed, resume=(folder / "start.work").exists(), refinement=refinement, progress=progress,
+                located, recipe, start, target_name=draft.recipe.target, calibration=data, n_samples=options.start_samples, seq_len=options.seq_len, device=device, dtype=dtype,
+                seed=seed, resume=work_folder(start).exists(), refinement=refinement, progress=progress,
             )  # fmt: skip
         begun = time.monotonic()
-        made, curve = (_end_to_end(located, folder, options, data, seed, place, compute, trainer or {}, progress)) if "end" in options.phases else (open_checkpoint(folder / "start"), [])
-        provenance = {**open_checkpoint(folder / "start").provenance, "training": {**asdict(options), "curve": curve, "lowbit": __version__, "transformers": transformers.__version__}}
-        made = replace(made, provenance=provenance)
-        write_output(made, draft.recipe.target, path, progress, overwrite=overwrite, base=base_name(model, located))
+        made, curve = open_checkpoint(start), []
+        provenance = made.provenance
+        if windows is not None:
+            made, curve = _end_to_end(located, start, folder, windows, options, seed, place, compute, trainer or {}, progress)
+        provenance = {**provenance, "training": {**asdict(options), "curve": curve, "lowbit": __version__, "transformers": transformers.__version__}}
+        whole = lambda: write_text(folder / FINISHED, "{}\n")
+        write_output(replace(made, provenance=provenance), draft.recipe.target, path, progress, overwrite=overwrite, base=base_name(model, located), whole=whole)
+    if (folder / "steps" / "runs").exists():
+        shutil.copytree(folder / "steps" / "runs", path.with_name(path.name + ".runs"), dirs_exist_ok=True)
     shutil.rmtree(folder)
     ended = time.monotonic()
     return Trained(path, curve, ended - started, {"start": begun - started, "end": ended - begun}, provenance)
@@ -169,17 +198,16 @@ def data_windows(located: Path, data: str, options: QatOptions, seed: int, progr
             texts = [default_text("calibration")] if data == "default" else read_texts(data, tokenizer)
         windows = packed(texts, tokenizer, length=options.seq_len, count=None, spread=False)
     if len(windows.ids) < 2 * HELD_OUT:
-        raise RecipeError(f"the data holds {len(windows.ids)} windows of {options.seq_len} tokens; training needs at least {2 * HELD_OUT}. Give more text, or a smaller --seq-len.")
+        raise DataError(f"the data holds {len(windows.ids)} windows of {options.seq_len} tokens; training needs at least {2 * HELD_OUT}. Give more text, or a smaller --seq-len.")
     return windows
 
 
-def _end_to_end(located: Path, folder: Path, options: QatOptions, data: str, seed: int, place: torch.device, compute: torch.dtype, more: dict, progress: Progress):
+def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, options: QatOptions, seed: int, place: torch.device, compute: torch.dtype, more: dict, progress: Progress):
     from transformers import TrainingArguments
 
     from .trainer import DistillationTrainer, Rows
 
-    windows = data_windows(located, data, options, seed, progress)
-    start, source = open_checkpoint(folder / "start"), open_checkpoint(located)
+    start, source = open_checkpoint(begun), open_checkpoint(located)
     skeleton = sk.build(source)
     resources.require_memory(int(skeleton.parameter_count() * (16 + compute.itemsize) * 1.1), purpose="Training all weights (masters, gradients, two moments of AdamW, the original)")
     student = _with_training_dtype(load_model(sk.build(source), torch.float32, place))
@@ -207,11 +235,13 @@ def _end_to_end(located: Path, folder: Path, options: QatOptions, data: str, see
         model=student, args=arguments, train_dataset=Rows(train), eval_dataset=Rows(held), teacher=teacher, loss=options.loss, lr_scales=options.lr_scales, held_out=held,
         callbacks=[_Report(progress)],
     )  # fmt: skip
-    last = transformers.trainer_utils.get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
-    first = None if last else trainer.evaluate()["eval_kl"]
-    trainer.train(resume_from_checkpoint=last)
+    first = trainer.evaluate()["eval_kl"]
+    trainer.train(resume_from_checkpoint=_last_whole(folder / "steps"))
     history = [(int(entry["step"]), float(entry["eval_kl"])) for entry in trainer.state.log_history if "eval_kl" in entry]
-    curve = [(0, first), *[pair for pair in history if pair[0]]] if first is not None else history
+    curve = [(0, first), *[pair for pair in history if pair[0]]]
+    if min(curve, key=lambda pair: pair[1])[0] == 0:
+        progress.note(f"No step brought the held-out KL below the {first:.4g} that training began with: what is written is the start. Lower the learning rates, or give more text.")
+        return start, curve
     return as_checkpoint(student, source, {}), curve
 
 
@@ -234,6 +264,17 @@ def _steps(student: nn.Module, teacher: nn.Module, train: torch.Tensor, options:
             clock.append(time.monotonic() - started)
         write_text(file, json.dumps({"steps": max(1, int(60 * options.minutes / (STEP_SHARE * clock[-1])))}) + "\n")
     return int(read_json(file)["steps"])
+
+
+def _last_whole(steps: Path) -> str | None:
+    """The Trainer's last checkpoint; one that it was stopped in, which its state, written last, is missing from, is deleted."""
+    for folder in sorted(steps.glob("checkpoint-*"), key=lambda folder: -int(folder.name.rpartition("-")[2])):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(folder)
+        except (OSError, ValueError):
+            shutil.rmtree(folder)
+    return None
 
 
 def recipe_of(provenance: dict) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 
-from ..errors import ModelError
+from ..errors import FormatError, ModelError
 from .losses import cross_entropy, divergence
-from .modules import FakeQuantEmbedding, FakeQuantLinear
+from .modules import ActView, FakeQuantLinear
+from .views import View
 
 
 class Rows(Dataset):
@@ -39,7 +39,10 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         ids = inputs["input_ids"]
-        output = model(input_ids=ids, use_cache=False)
+        try:
+            output = model(input_ids=ids, use_cache=False)
+        except FormatError as error:
+            raise self._not_finite(model, ids) from error
         logits = output.logits
         total = logits.new_zeros((), dtype=torch.float32)
         if self.share < 1:
@@ -49,14 +52,17 @@ class DistillationTrainer(Trainer):
         if self.share > 0:
             total = total + self.share * cross_entropy(logits, ids)
         if not bool(torch.isfinite(total)):
-            raise ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(model)}. Lower the learning rate, or compute in float32 (--dtype float32).")
+            raise self._not_finite(model, ids)
         return (total, output) if return_outputs else total
+
+    def _not_finite(self, model: nn.Module, ids: Tensor) -> ModelError:
+        return ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(model, ids)}. Lower the learning rates, or compute in float32 (--dtype float32).")
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """Weights and the rest at args.learning_rate, scales and zero-points at lr_scales; nothing decays but the masters, if asked for."""
         if self.optimizer is None:
             assert self.model is not None
-            views = {id(p) for module in self.model.modules() if isinstance(module, FakeQuantLinear | FakeQuantEmbedding) for p in module.view.parameters()}
+            views = {id(p) for module in self.model.modules() if isinstance(module, View | ActView) for p in module.parameters()}
             trained = [p for p in self.model.parameters() if p.requires_grad]
             groups = [
                 {"params": [p for p in trained if id(p) not in views and p.ndim > 1], "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay},
@@ -86,14 +92,25 @@ class DistillationTrainer(Trainer):
         return found
 
 
-def first_bad(model: nn.Module) -> str:
-    """The first layer whose weight, scale or gradient is not finite, in words."""
+def first_bad(model: nn.Module, ids: Tensor) -> str:
+    """The first parameter that is not finite, or the first layer whose output of ids is not, in words."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"{name} holds NaN or infinity"
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return f"the gradient of {name} is not finite"
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuantLinear) and not math.isfinite(float(module.view(module.weight).sum())):
-            return f"the quantized weight of {name} is not finite"
-    return "every weight is finite, an activation overflowed"
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            found.append(name)
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantLinear) or not any(module.children())]
+    handles = [module.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output)) for name, module in layers]
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except FormatError as error:
+        return f"{found[0]} gives infinity or NaN" if found else str(error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"{found[0]} gives infinity or NaN" if found else "every layer gives finite numbers, the loss itself overflowed"

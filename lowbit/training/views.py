@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import numerics
-from ..errors import RecipeError
+from ..errors import FormatError, RecipeError
 from ..numerics import affine
 from ..numerics.affine import Affine
 from ..scheme import RangeSearch, Scheme
@@ -64,6 +64,8 @@ class View(nn.Module):
         """The view as data."""
         if self.scales in DERIVED:
             return numerics.quantize(W.detach(), self.scheme, self._search)
+        if not bool(torch.isfinite(W).all()):
+            raise FormatError("the weight holds values that are NaN or infinite.")
         anchor = affine.with_parameters(self._anchor(), self._stored())
         grid = affine.affine(anchor)
         q = torch.empty_like(W, dtype=torch.float32)
@@ -193,7 +195,7 @@ def _units(groups: Tensor, grid: Affine, rows: slice) -> tuple[Tensor, Affine]:
     """(w - offset) / scale + shift of weights [rows, groups, group], and the grid of these rows."""
     some = _of_rows(grid, rows, len(groups))
     x = groups / some.scale if some.offset is None else (groups - some.offset).div_(some.scale)
-    return (x.nan_to_num_(0.0, 0.0, 0.0) if grid.zeros else x).add_(some.shift), some
+    return (x.masked_fill_(some.scale == 0, 0.0) if grid.zeros else x).add_(some.shift), some
 
 
 def _places(groups: Tensor, grid: Affine, rows: slice) -> tuple[Tensor, Affine]:
