@@ -7,7 +7,8 @@ Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quan
 
 V, alpha and beta move by lr * sign(gradient), lr falling linearly to 0; gradients pass the rounding straight through. What is kept is their mean over the last fifth of the
 steps (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992), if its error on all sequences is below that of plain rounding; the authors keep the step whose own few sequences
-had the least error, which on three blocks of SmolLM2 was 1 to 7% worse. A block-level algorithm: its layers are learned together, on inputs that come through the blocks already quantized, against the original model's output.
+had the least error, which on three blocks of SmolLM2 was 3 to 6% worse. A block-level algorithm: its layers are learned together, on inputs that come through the blocks
+already quantized, against the original model's output.
 """
 
 from __future__ import annotations

@@ -296,3 +296,25 @@ def histogram(title: str, counts: list[int], reach: str, class_: str) -> Html:
         [tag("text", text, x=f"{x:g}", y="80", class_=f"tick {anchor}".strip()) for text, x, anchor in ((f"-{reach}", 4, ""), ("0", width / 2, "mid"), (reach, width - 4, "end"))],
         class_=f"chart histogram {class_}",
     )  # fmt: skip
+
+
+def curve(title: str, points: list[tuple[int, float]], *, width: int = 640, height: int = 220) -> Html:
+    """A measured number (from 0 up) against the step of training, with a dot at each measurement."""
+    area = Box(50, 24, width - 14, height - 40)
+    last = max((step for step, _ in points), default=0) or 1
+    top = 1.1 * max((value for _, value in points), default=0.0) or 1.0
+    x, y = _linear(0, last, area.left, area.right), _linear(0, top, area.bottom, area.top)
+    scale, steps = ticks(0, top, 4), ticks(0, last, 6)
+    line = "".join(f"{'L' if i else 'M'}{x(step):.1f} {y(value):.1f}" for i, (step, value) in enumerate(points))
+    return svg(
+        width, height, title,
+        tag("path", d="".join(f"M{area.left:g} {y(v):.1f}H{area.right:g}" for v in scale), class_="grid"),
+        [tag("text", f"{v:g}", x=f"{area.left - 7:g}", y=f"{y(v) + 4:.1f}", class_="tick end") for v in scale],
+        tag("text", "held-out KL, nats", x="2", y="12", class_="axis"),
+        tag("path", d=line, class_="frontier") if line else None,
+        [tag("circle", tag("title", f"step {step:,}: {significant(value)}"), cx=f"{x(step):.1f}", cy=f"{y(value):.1f}", r="4", class_="dot") for step, value in points],
+        tag("path", d=f"M{area.left:g} {area.bottom:g}H{area.right:g}", class_="base"),
+        [tag("text", f"{v:,.0f}", x=f"{x(v):.1f}", y=f"{area.bottom + 18:g}", class_="tick mid") for v in steps if v == int(v)],
+        tag("text", "step", x=f"{(area.left + area.right) / 2:g}", y=f"{height - 4:g}", class_="axis mid"),
+        class_="chart",
+    )  # fmt: skip

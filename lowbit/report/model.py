@@ -27,6 +27,7 @@ def _model_section(row: Row, *, is_open: bool) -> Html:
     return tag(
         "details",
         tag("summary", row.name, tag("small", described if described != row.name else "")),
+        _training(row.provenance.get("training")),
         _losses(layers) if layers else None,
         _histograms(layers),
         _experts(layers),
@@ -34,6 +35,16 @@ def _model_section(row: Row, *, is_open: bool) -> Html:
         class_="model",
         open=True if is_open else None,
     )
+
+
+def _training(training: dict | None) -> Html | None:
+    """The held-out KL over the steps of quantization-aware training."""
+    points = [(int(step), float(kl)) for step, kl in (training or {}).get("curve") or []]
+    if not points:
+        return None
+    (_, first), (best_step, best) = points[0], min(points, key=lambda point: point[1])
+    words = f"Mean KL divergence to the original on windows of the data that were not trained on: {significant(first)} at the start, {significant(best)} at step {best_step:,}, which was kept."
+    return join(tag("h3", "Training"), tag("p", words, class_="say"), tag("figure", charts.curve("Held-out KL divergence over the steps of training", points)))
 
 
 def _unknown() -> Html:
@@ -217,6 +228,7 @@ def _origin(provenance: dict, layers: list[records.Layer]) -> list[tuple[str, st
     if data:
         used = f"{data['tokens']:,} tokens in {count(data['windows'], 'window')} of {data['length']:,} (the text held {data['found']:,}), sha256 {data['sha256'][:16]}…"
     known = {*VERSIONS, "model", "recipe", "calibration", "compute_dtype", "notes", "layers"}
+    training = {key: value for key, value in (provenance.get("training") or {}).items() if key != "curve"}
     return [
         ("Model", f"{model.get('architecture', 'unknown')}{parameters}, read from {model.get('format', 'unknown')}"),
         ("Fingerprint", model.get("fingerprint")),
@@ -224,7 +236,8 @@ def _origin(provenance: dict, layers: list[records.Layer]) -> list[tuple[str, st
         ("Calibration, as used", used),
         ("Computed in", provenance.get("compute_dtype")),
         ("Versions", ", ".join(f"{name} {provenance[name]}" for name in VERSIONS if name in provenance)),
-        *((key.replace("_", " "), _plain(provenance[key])) for key in sorted(provenance.keys() - known)),
+        ("Training", _plain(training)),
+        *((key.replace("_", " "), _plain(provenance[key])) for key in sorted(provenance.keys() - known - {"training"})),
     ]
 
 
