@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,18 +18,16 @@ from lowbit.pipeline.calibration import Windows
 from lowbit.pipeline.evaluate import _run_all
 from lowbit.progress import SILENT, Progress
 from lowbit.training import QatOptions
-from lowbit.training import qat as qat_module
 from lowbit.training.blockwise import BlockOptions
 from lowbit.training.modules import FakeQuantEmbedding, FakeQuantLinear
 from lowbit.training.qat import qat
 
 pytest.importorskip("accelerate")
-SMALL = QatOptions(start_samples=8, seq_len=32, steps=12, eval_every=4, lr=1e-3, lr_scales=1e-3, blocks=BlockOptions(epochs=2, lr=1e-3, lr_scales=1e-3))
+qat_module = import_module("lowbit.training.qat")  # the package has the function by that name
+SMALL = QatOptions(start_samples=8, seq_len=32, steps=12, eval_every=4, lr=3e-4, lr_scales=3e-4, blocks=BlockOptions(epochs=2, lr=3e-4, lr_scales=3e-4))
 
 
 def options(**changes) -> QatOptions:
-    from dataclasses import replace
-
     return replace(SMALL, **changes)
 
 
@@ -189,7 +189,8 @@ PRELUDE = """
 import os, signal
 from dataclasses import replace
 import transformers
-import lowbit.training.qat as module
+from importlib import import_module
+module = import_module("lowbit.training.qat")
 from lowbit.pipeline.job import Job
 from lowbit.training import QatOptions
 from lowbit.training.blockwise import BlockOptions, Blockwise
