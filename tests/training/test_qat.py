@@ -24,7 +24,7 @@ from lowbit.training.qat import qat
 
 pytest.importorskip("accelerate")
 qat_module = import_module("lowbit.training.qat")  # the package has the function by that name
-SMALL = QatOptions(start_samples=8, seq_len=32, steps=12, eval_every=4, lr=3e-4, lr_scales=3e-4, blocks=BlockOptions(epochs=2, lr=3e-4, lr_scales=3e-4))
+SMALL = QatOptions(start_samples=8, seq_len=32, steps=12, eval_every=4, lr=3e-4, lr_scales=3e-4, blocks=BlockOptions(epochs=8, lr=3e-4, lr_scales=3e-4))
 
 
 def options(**changes) -> QatOptions:
@@ -209,12 +209,12 @@ def die_at(owner, name, number, after=False):
     setattr(owner, name, patched)
 """
 RUN = """
-blocks = BlockOptions(epochs=2, lr=1e-3, lr_scales=1e-3)
-options = QatOptions(start_samples=8, seq_len=32, steps=6, eval_every=2, lr=1e-3, lr_scales=1e-3, blocks=blocks)
+blocks = BlockOptions(epochs=4, lr=3e-4, lr_scales=3e-4)
+options = QatOptions(start_samples=8, seq_len=32, steps=6, eval_every=2, lr=3e-4, lr_scales=3e-4, blocks=blocks)
 module.qat(model, "int2-asym-g32", out, data=text, options=options, dtype="float32", resume=resume)
 """
 POINTS = {
-    "training block 1": "die_at(Blockwise, '_error', 7)",
+    "training block 1": "die_at(Blockwise, '_error', 6)",
     "block 1 is trained": "die_at(Job, 'save', 2)",
     "the start is whole": "die_at(module, '_end_to_end', 1)",
     "before the first checkpoint": "die_at(DistillationTrainer, 'compute_loss', 2)",
