@@ -273,7 +273,7 @@ def test_numbers_that_are_not_finite_stop_with_the_layer(folder, text_file, tmp_
     ("aqlm-2x8", {}, "its codes are vectors"), ("quip-2", {}, "its codes are vectors"), ("int4-asym-g32-gptq-out2", {"target_name": "lowbit"}, "outlier channels"),
     ("nf4-g64-rtn", {"target_name": "gptq"}, "gptq"), ("int4-asym-g32", {"target_name": "gguf"}, "Train a type that GGUF has"), ("int4-asym-g32-awq", {}, "rewrites the model"),
     ("int4-asym-g32", {"target_name": "safetensors"}, "holds dense weights"), ("int4-frobnicate", {}, "is not known"), ("int4-asym-g32", {"options": options(seq_len=1024)}, "at most 128 tokens"),
-    ("int4-asym-g32", {"data": "short"}, "the data holds \d windows of 64 tokens"), ("int4-asym-g32", {"data": "missing"}, "is no file"), ("int4-asym-g32", {"model": "gpt2"}, "Conv1D"),
+    ("int4-asym-g32", {"data": "short"}, r"the data holds \d windows of 64 tokens"), ("int4-asym-g32", {"data": "missing"}, "is no file"), ("int4-asym-g32", {"model": "gpt2"}, "Conv1D"),
     ("int4-asym-g32", {"model": "mixtral"}, "experts in one tensor"), ("int4-asym-g32", {"trainer": {"report_to": ["tensorboard"]}, "hide": "tensorboard"}, r'pip install "lowbit\[train\]"'),
     ("int4-asym-g32", {"hide": "accelerate"}, r'pip install "lowbit\[train\]"'),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(value))  # fmt: skip
