@@ -148,6 +148,7 @@ def test_a_gguf_file_with_a_tied_embedding(model_folder, text_file, tmp_path, mo
     assert "model.embed_tokens.weight" in read and "model.embed_tokens.weight" in watch.moved()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"loss": 0.3}, {"scales": "minmax"}, {"scales": "fixed"}, {"gradient_checkpointing": True}, {"batch": 4, "micro": 2}, {"minutes": 0.001, "steps": 500, "eval_every": 100},
 ], ids=lambda changes: "-".join(changes))  # fmt: skip
@@ -171,6 +172,7 @@ def test_bfloat16_and_other_formats(folder, text_file, tmp_path, monkeypatch):
         assert watch.values and all(torch.equal(value, watch.values[name]) for name, value in read.items())
 
 
+@pytest.mark.slow
 def test_data_from_the_original_itself(folder, tmp_path):
     result = qat(folder, "int2-asym-g32", tmp_path / "out", data="self", options=options(steps=4, phases=("end",)), dtype="float32")
     assert result.curve[-1][0] == 4
@@ -234,7 +236,7 @@ def undisturbed(fork_server, folder, text_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", [pytest.param(point, marks=[] if point in ("training block 1", "step 5") else pytest.mark.slow) for point in POINTS])
 def test_a_killed_training_goes_on_to_the_same_bytes(point, fork_server, folder, text_file, undisturbed, tmp_path, assert_same):
     out = tmp_path / "out"
     killed = fork_server.run(PRELUDE + POINTS[point] + RUN, model=folder, text=text_file, out=out, resume=False)
