@@ -69,7 +69,8 @@ def prepare(
 def refuse_untrainable(recipe: Recipe, plans: Mapping[str, LayerPlan]) -> None:
     """Raise RecipeError for a recipe whose result cannot be what training works on."""
     if recipe.transforms:
-        raise RecipeError(f"{recipe.name} rewrites the model ({', '.join(recipe.transforms)}), and training begins with the weights as they are. Leave that out; training learns more than it gives.")
+        steps = ", ".join(recipe.transforms)
+        raise RecipeError(f"{recipe.name} rewrites the model ({steps}), and training begins with the weights as they are. Leave that out; training learns more than it gives.")
     if recipe.target == "safetensors":
         raise RecipeError("the target safetensors holds dense weights and no codes. Train for a layout that keeps codes (--to lowbit holds all), and convert the result.")
     for name, plan in plans.items():

@@ -219,6 +219,8 @@ def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, opti
             student.get_parameter(name).copy_(value)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(options.train == "all" or ".view." in name or parameter.ndim < 2)
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = load_model(skeleton, compute, place)
     train, held = windows.ids[:-HELD_OUT], windows.ids[-HELD_OUT:]
     steps = _steps(student, teacher, train, options, compute, folder)
@@ -228,13 +230,14 @@ def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, opti
             "learning_rate": options.lr, "lr_scheduler_type": "cosine", "warmup_steps": int(options.warmup * steps), "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": compute == torch.bfloat16,
             "use_cpu": place.type == "cpu", "seed": seed, "data_seed": seed, "save_strategy": "steps", "save_steps": options.eval_every, "save_total_limit": 2, "eval_strategy": "steps",
             "eval_steps": options.eval_every, "load_best_model_at_end": True, "metric_for_best_model": "kl", "greater_is_better": False, "logging_steps": 10, "report_to": [],
-            "remove_unused_columns": False, "gradient_checkpointing": options.gradient_checkpointing, "disable_tqdm": True, "dataloader_pin_memory": False, **more,
+            "remove_unused_columns": False, "disable_tqdm": True, "dataloader_pin_memory": False, **more,
         }
     )  # fmt: skip
     trainer = DistillationTrainer(
         model=student, args=arguments, train_dataset=Rows(train), eval_dataset=Rows(held), teacher=teacher, loss=options.loss, lr_scales=options.lr_scales, held_out=held,
         callbacks=[_Report(progress)],
     )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)  # which would print to stdout
     first = trainer.evaluate()["eval_kl"]
     trainer.train(resume_from_checkpoint=_last_whole(folder / "steps"))
     history = [(int(entry["step"]), float(entry["eval_kl"])) for entry in trainer.state.log_history if "eval_kl" in entry]

@@ -113,8 +113,8 @@ def test_a_tied_head_shares_master_and_view(name, folder_of, load_plain):
 
 def test_a_rule_names_the_embedding(model_folder, load_plain, tmp_path):
     rules = tmp_path / "recipe.toml"
-    rules.write_text('scheme = "int4-asym-g32"\nalgorithm = "rtn"\ntarget = "lowbit"\n[[rules]]\nmatch = "model.embed_tokens"\nscheme = "int8-sym-channel"\n'
-        '[[rules]]\nmatch = "*.0.*"\nscheme = "keep"\n'
+    rules.write_text(
+        'scheme = "int4-asym-g32"\nalgorithm = "rtn"\ntarget = "lowbit"\n[[rules]]\nmatch = "model.embed_tokens"\nscheme = "int8-sym-channel"\n[[rules]]\nmatch = "*.0.*"\nscheme = "keep"\n'
     )
     folder = model_folder("llama-tied")
     model = training.prepare(load_plain(folder), rules)
