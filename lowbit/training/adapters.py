@@ -36,15 +36,14 @@ def targets(model: PreTrainedModel) -> list[str]:
     return names if others else sorted(leaves)
 
 
-def attach(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, base: str | None, seed: int, transposed: bool = False, start: Start | None = None) -> Any:
+def attach(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, seed: int, transposed: bool = False, start: Start | None = None) -> Any:
     """The model as a peft.PeftModel with LoRA on every linear layer of its blocks, packed ones included; only the adapter is trained.
 
-    base: the name of the base that the adapter's file gets. transposed: the model of transformers has Conv1D layers there. seed: of peft's start (A by Kaiming, B zero); start: another one.
+    transposed: the model of transformers has Conv1D layers there. seed: of peft's start (A by Kaiming, B zero); start: another one.
     """
     peft = _peft()
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets(model), bias="none", task_type="CAUSAL_LM", fan_in_fan_out=transposed)
     _register(config)
-    model.__dict__["name_or_path"] = base or ""  # where peft looks for what it writes as base_model_name_or_path
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         with _known_layers():

@@ -16,7 +16,6 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +164,7 @@ def qlora(
     _claim(folder, json.loads(json.dumps(key)), resume=resume, overwrite=overwrite)
     with readable_errors(path):
         base, start = _base_and_start(built, located, draft, original, train, options, folder, compute, device, dtype, progress)
-        peft_model = _attached(base, start, options, str(model) if own_base is None else str(own_base), compute, place, device, seed)
+        peft_model = _attached(base, start, options, compute, place, device, seed)
         result = _train(peft_model, train, held, options, folder, compute, place, seed, trainer or {}, progress)
         provenance = {
             "lowbit": __version__, "transformers": transformers.__version__, "torch": torch.__version__, "model": fingerprint(source), "base": fingerprint(open_checkpoint(base)),
@@ -175,7 +174,7 @@ def qlora(
         if own_base is not None:
             target = "lowbit" if draft is None or _has_conv1d(built) else draft.recipe.target
             write_output(open_checkpoint(base), target, own_base, progress, overwrite=overwrite or resume, base=base_name(model, located))
-        _save(peft_model, path, provenance, compute, overwrite=overwrite)
+        _save(peft_model, path, provenance, compute, base=str(model) if own_base is None else str(own_base), overwrite=overwrite)
     shutil.rmtree(folder)
     return Adapter(path, own_base, provenance["held_out"]["curve"], provenance["losses"], time.monotonic() - started, provenance)
 
@@ -283,12 +282,12 @@ def _read_start(file: Path) -> Start:
     return {name.removesuffix("|A"): (tensors[name].load(), tensors[f"{name.removesuffix('A')}B"].load()) for name in tensors if name.endswith("|A")}
 
 
-def _attached(base: Path, start: Start | None, options: QloraOptions, name: str, compute: torch.dtype, place: torch.device, device: str | None, seed: int) -> Any:
+def _attached(base: Path, start: Start | None, options: QloraOptions, compute: torch.dtype, place: torch.device, device: str | None, seed: int) -> Any:
     """The base with its adapter; embeddings, head and norms in the dtype of the computation, linear layers packed."""
     transposed = any(isinstance(module, Conv1D) for module in sk.build(open_checkpoint(base)).model.modules())
     model = load(base, dtype=str(compute).removeprefix("torch."), device=device or str(place))
     model.config.use_cache = False
-    return adapters.attach(model, rank=options.rank, alpha=options.scale, dropout=options.dropout, base=name, seed=seed, transposed=transposed, start=start)
+    return adapters.attach(model, rank=options.rank, alpha=options.scale, dropout=options.dropout, seed=seed, transposed=transposed, start=start)
 
 
 class AdapterTrainer(Trainer):
@@ -341,6 +340,7 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
         }
     )  # fmt: skip
     trainer = AdapterTrainer(model=model, args=arguments, train_dataset=train, eval_dataset=held, callbacks=[_Report(progress, options.minutes)])
+    trainer.remove_callback(transformers.PrinterCallback)
     last = transformers.trainer_utils.get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
     before_file = folder / "before.json"
     if not before_file.exists():
@@ -354,14 +354,13 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
     return {"held_out": {"before": before, "after": trainer.held_out_loss(), "curve": curve}, "losses": losses, "steps": trainer.state.global_step}
 
 
-def _save(model: Any, path: Path, provenance: dict, compute: torch.dtype, *, overwrite: bool) -> None:
-    """Write the adapter as peft does, in the dtype of the computation, with lowbit.json beside it; through a sibling."""
+def _save(model: Any, path: Path, provenance: dict, compute: torch.dtype, *, base: str, overwrite: bool) -> None:
+    """Write the adapter as peft does, in the dtype of the computation, with lowbit.json beside it; through a sibling. base: what peft is to take for the base's name."""
     draft = temporary(path)
     shutil.rmtree(draft, ignore_errors=True)
     state = {name: value.to(compute) for name, value in model.state_dict().items() if "lora_" in name}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a model card that cannot be looked up
-        model.save_pretrained(str(draft), state_dict=state, save_embedding_layers=False)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(str(draft), state_dict=state, save_embedding_layers=False)
     write_text(draft / "lowbit.json", json.dumps(provenance, indent=1) + "\n")
     if path.exists():
         if not overwrite:
