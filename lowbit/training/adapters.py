@@ -23,7 +23,6 @@ from ..models.quantized import QuantLinear
 from .starts import Start
 
 
-
 def targets(model: PreTrainedModel) -> list[str]:
     """The linear layers of the blocks that get an adapter, by the names that LoraConfig takes: their last parts, or where another module has one of these, too, whole names."""
     blocks = sk.find_blocks(model)

@@ -294,7 +294,7 @@ class AdapterTrainer(Trainer):
     """The Trainer with a held-out loss per learned token (key eval_loss), and an end with a sentence when the loss is not finite."""
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        found = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         loss = found[0] if return_outputs else found
         if not bool(torch.isfinite(loss)):
             raise ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(model)}. Lower the learning rate, or compute in float32 (--dtype float32).")

@@ -22,7 +22,9 @@ pytest.importorskip("accelerate")
 IDS = torch.arange(32).unsqueeze(0) * 7 % 256
 OPTIONS = {"rank": 4, "seq_len": 32, "batch": 2, "micro": 2, "steps": 6, "eval_every": 3, "dropout": 0.0, "lr": 5e-3}
 PROMPTED = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-MARKED = "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+MARKED = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+)
 STRIPPED = "{% for m in messages %}{% if m['role'] != 'assistant' or loop.last %}<{{ m['role'] }}>{{ m['content'] }}{% endif %}{% endfor %}"
 
 
@@ -345,14 +347,16 @@ def test_packed_codes_are_not_merged_into(model_folder, tmp_path):
 
 
 @pytest.mark.consumer
-def test_the_adapter_on_a_base_of_bitsandbytes(run, model_folder, tmp_path):
-    """transformers rounds the original with bitsandbytes, peft puts the adapter onto it: lowbit's logits."""
+@pytest.mark.parametrize("folder", ["base", "original"])
+def test_the_adapter_on_a_base_of_bitsandbytes(run, model_folder, tmp_path, folder):
+    """transformers loads lowbit's folder with bitsandbytes, or rounds the original with it (which decides a few ties of magnitudes otherwise); peft puts the adapter onto it: lowbit's logits."""
     pytest.importorskip("bitsandbytes")
     made = run(tmp_path / "adapter")
-    base = lowbit.quantize(model_folder("llama"), "nf4-dq", tmp_path / "base").path
+    base = lowbit.quantize(model_folder("llama"), "nf4-dq", tmp_path / "base", target_name="bitsandbytes").path
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"), quantization_config=config, dtype=torch.float32, device_map="cpu")
+    source, more = (base, {}) if folder == "base" else (model_folder("llama"), {"quantization_config": config})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map="cpu", **more)
     with torch.no_grad():
-        plain = peft.PeftModel.from_pretrained(theirs, str(made.path)).eval()(input_ids=IDS).logits
+        plain = peft.PeftModel.from_pretrained(theirs, str(made.path)).train()(input_ids=IDS).logits  # in eval mode its kernel for the CPU multiplies in bfloat16
         ours = training.load_adapter(lowbit.load(base, dtype="float32"), made.path).eval()(input_ids=IDS).logits
-    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 if folder == "base" else 5e-3)
