@@ -2,8 +2,9 @@
 
     python benchmarks/qlora_peer.py MODEL DATA --peer VENV/bin/python [--steps 50] [--seq-len 512] [--batch 1] [--rank 16]
 
-MODEL: a dense folder. Each side is a process of its own, one after the other, with the same loop: AdamW (2e-4), gradient norm 0.3, bfloat16 autocast, gradient checkpointing, no dropout. lowbit's has the base that
-`lowbit train qlora` makes (NF4 with double quantization); the peer's is MODEL as transformers loads it with BitsAndBytesConfig, and peft. A row goes to benchmarks/results/qlora.jsonl.
+MODEL: a dense folder. Each side is a process of its own, one after the other, with the same loop: AdamW (2e-4), gradient norm 0.3, bfloat16 autocast, gradient checkpointing,
+no dropout. lowbit's has the base that `lowbit train qlora` makes (NF4 with double quantization); the peer's is MODEL as transformers loads it with BitsAndBytesConfig, and peft.
+A row goes to benchmarks/results/qlora.jsonl.
 """
 
 from __future__ import annotations
@@ -53,9 +54,8 @@ def main() -> None:
     with RESULTS.open("a") as file:
         file.write(json.dumps({**row, "machine": machine(), "commit": commit()}) + "\n")
     for name, run in found.items():
-        print(
-            f"{name:20} loss {run['losses'][0]:.4f} to {run['losses'][-1]:.4f}   {run['step_ms']:.0f} ms a step   peak RssAnon {run['peak_bytes'] / 1e6:.0f} MB, {run['loaded_bytes'] / 1e6:.0f} MB loaded"
-        )
+        memory = f"peak RssAnon {run['peak_bytes'] / 1e6:.0f} MB, {run['loaded_bytes'] / 1e6:.0f} MB loaded"
+        print(f"{name:20} loss {run['losses'][0]:.4f} to {run['losses'][-1]:.4f}   {run['step_ms']:.0f} ms a step   {memory}")
     print(f"largest relative difference of a loss: {max(gaps):.2%}; time {ours['step_ms'] / theirs['step_ms']:.2f} of the peer's")
     if max(gaps) > 0.01:
         sys.exit("a loss differs by more than 1%")

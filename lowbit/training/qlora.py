@@ -150,13 +150,13 @@ def qlora(
     refuse_existing(path, resume=resume, overwrite=overwrite)
     refuse_own_input(path, located)
     own_base = path.with_name(path.name + "-base") if options.init == "loftq" else None
+    folder = path.with_name(path.name + ".train")
     if own_base is not None:
-        refuse_existing(own_base, resume=resume, overwrite=overwrite)
+        refuse_existing(own_base, resume=False, overwrite=overwrite or (resume and folder.exists()))  # a training that was killed at its end may have written it
     draft = None if ready else recipes.parse(recipe or DEFAULT_RECIPE)
     if any(is_experts(module) for module in built.model.modules()):
         progress.note("The experts of this model lie in one tensor each, which gets no adapter: they stay as they are, decoded.")
     train, held = _data(source, data, held_out, options, progress)
-    folder = path.with_name(path.name + ".train")
     key = {
         "model": fingerprint(source), "recipe": None if draft is None else draft.recipe.to_dict(), "original": str(original), "options": asdict(options), "seed": seed, "dtype": str(compute),
         "data": [Windows(rows.ids, None, 0).digest for rows in (train, held)], "torch": torch.__version__, "transformers": transformers.__version__,
@@ -290,6 +290,15 @@ def _attached(base: Path, start: Start | None, options: QloraOptions, compute: t
     return adapters.attach(model, rank=options.rank, alpha=options.scale, dropout=options.dropout, seed=seed, transposed=transposed, start=start)
 
 
+class _ReportAndEnd(_Report):
+    """Measures and keeps the last step, too, which is best where the loss falls to the end."""
+
+    def on_step_end(self, args, state, control, **more: Any) -> None:
+        super().on_step_end(args, state, control, **more)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+
 class AdapterTrainer(Trainer):
     """The Trainer with a held-out loss per learned token (key eval_loss), and an end with a sentence when the loss is not finite."""
 
@@ -339,7 +348,7 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
             "gradient_checkpointing": options.gradient_checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "disable_tqdm": True, "dataloader_pin_memory": False, **more,
         }
     )  # fmt: skip
-    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=train, eval_dataset=held, callbacks=[_Report(progress, options.minutes)])
+    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=train, eval_dataset=held, callbacks=[_ReportAndEnd(progress, options.minutes)])
     trainer.remove_callback(transformers.PrinterCallback)
     last = transformers.trainer_utils.get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
     before_file = folder / "before.json"

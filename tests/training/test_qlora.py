@@ -1,6 +1,7 @@
 """QLoRA: an adapter on a packed base learns as peft's on the decoded one, goes on where it was killed, and loads in plain peft."""
 
 import json
+import math
 import signal
 
 import pytest
@@ -127,8 +128,11 @@ def test_long_texts_are_cut_in_pieces_and_long_talks_off(tokenizer, tmp_path):
 
 
 def test_train_and_load_in_plain_peft(run, model_folder, tmp_path, load_plain):
-    made = run(tmp_path / "adapter")
+    made = run(tmp_path / "adapter", steps=7)
+    assert [step for step, _ in made.curve] == [0, 3, 6, 7]
+    assert [step for step, _ in made.losses] == list(range(1, 8))
     assert made.perplexity[1] < 0.9 * made.perplexity[0]
+    assert math.log(made.perplexity[1]) == pytest.approx(min(loss for _, loss in made.curve), rel=1e-6)
     assert not (tmp_path / "adapter.train").exists()
     base = lowbit.quantize(model_folder("llama"), "nf4-dq", tmp_path / "base", target_name="lowbit").path
     lowbit.quantize(model_folder("llama"), "nf4-dq", tmp_path / "dense", target_name="safetensors")
