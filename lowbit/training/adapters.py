@@ -55,8 +55,8 @@ def attach(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, s
 def load(model: PreTrainedModel, adapter: str | Path, *, trainable: bool = False) -> Any:
     """A model of lowbit.load with an adapter that peft saved, as a peft.PeftModel. Raises CheckpointError where it cannot be loaded."""
     peft = _peft()
-    if not Path(adapter, "adapter_config.json").is_file():
-        raise CheckpointError(f"{adapter} holds no adapter of peft (adapter_config.json). Give the folder that lowbit train qlora or peft's save_pretrained wrote.")
+    if not all(Path(adapter, name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):  # peft would look for pickles, too
+        raise CheckpointError(f"{adapter} holds no adapter of peft (adapter_config.json, adapter_model.safetensors). Give the folder that lowbit train qlora or peft's save_pretrained wrote.")
     with foreign_errors(f"{adapter}: peft cannot load this adapter"):
         config = peft.PeftConfig.from_pretrained(str(adapter))
         if not isinstance(config, peft.LoraConfig):
