@@ -1,4 +1,4 @@
-"""Commands that train: train qat."""
+"""Commands that train: train qat, train qlora."""
 
 from __future__ import annotations
 
@@ -85,3 +85,72 @@ def qat(
     out.print(f"[bold]{plain(made.path)}[/]  {made.seconds:.0f} s", highlight=False, soft_wrap=True)
     if made.curve:
         out.print("Held-out KL to the original: " + ", ".join(f"{kl:.4f} (step {step})" for step, kl in made.curve), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def qlora(
+    model: Model,
+    data: Annotated[str, typer.Option(help='Text: a .txt or .jsonl file (text, or messages, of which the answers are learned), "default" or "dataset:NAME".', show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the adapter.", show_default=False)],
+    recipe: Annotated[str | None, typer.Option(help="What a dense model is rounded to; default: nf4-dq. A quantized one stays as it is.", show_default=False)] = None,
+    held_out: Annotated[str | None, typer.Option(help="Text that is measured on; default: the end of the data.", show_default=False)] = None,
+    init: Annotated[str, typer.Option(help="default (peft's), loftq (base and adapter found together; the base is written beside), weighted (what rounding cost most at the outputs).")] = "default",
+    original: Annotated[str | None, typer.Option(help="For --init weighted on a quantized model: the dense one.", show_default=False)] = None,
+    rank: Annotated[int, typer.Option(help="Of the adapter.", min=1)] = 16,
+    alpha: Annotated[float | None, typer.Option(help="The adapter counts alpha / rank times; default: the rank.", show_default=False)] = None,
+    dropout: Annotated[float, typer.Option(help="Of the adapter's inputs.", min=0, max=1)] = 0.05,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Instead of epochs.", min=1, show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(help="At most so long.", show_default=False)] = None,
+    batch: Annotated[int, typer.Option(help="Windows in a step.", min=1)] = 16,
+    micro: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate, constant after a warm-up.")] = 2e-4,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window; documents are packed into them.", min=8)] = 512,
+    eval_every: Annotated[int, typer.Option(help="Steps between measurements of the held-out loss; a checkpoint is kept at each.", min=1)] = 50,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, a third more time.")] = True,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard: curves in OUT.train/steps.", show_default=False)] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """QLoRA: train an adapter (LoRA, of peft) on a base that stays quantized.
+
+    The base is a dense model, rounded to NF4 with double quantization, or any quantized one as it is: a GPTQ folder, a GGUF file, ... The adapter loads in plain peft, too.
+
+    Examples:
+
+      lowbit train qlora ./model --data chat.jsonl -o adapter
+
+      lowbit train qlora model-q4_k_m.gguf --data text.txt --minutes 30 -o adapter
+
+      lowbit train qlora ./model --recipe int4-asym-g64-hqq --init loftq --data chat.jsonl -o adapter
+    """
+    from .console import BarProgress, out, plain, print_json
+
+    prepare(threads)
+    from ..training.qlora import QloraOptions
+    from ..training.qlora import qlora as run
+
+    options = QloraOptions(
+        rank=rank, alpha=alpha, dropout=dropout, init=init, seq_len=seq_len, epochs=epochs, steps=steps, minutes=minutes, batch=batch, micro=micro, lr=lr, eval_every=eval_every,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    more = {"report_to": [log_to]} if log_to else {}
+    try:
+        made = run(
+            model, output, data=data, recipe=recipe, held_out=held_out, original=original, options=options, dtype=dtype, device=device, seed=seed, resume=resume, overwrite=overwrite,
+            trainer=more, progress=BarProgress(quiet=as_json),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        _stopped()
+    if as_json:
+        print_json({"path": str(made.path), "base": None if made.base is None else str(made.base), "seconds": made.seconds, "perplexity": made.perplexity, **made.provenance})
+        return
+    out.print(f"[bold]{plain(made.path)}[/]  {made.seconds:.0f} s, {made.provenance['steps']} steps", highlight=False, soft_wrap=True)
+    out.print(f"Held-out perplexity: {made.perplexity[0]:.4g} before, {made.perplexity[1]:.4g} after.", highlight=False, soft_wrap=True)
+    if made.base is not None:
+        out.print(f"The adapter belongs to the base that was made with it: {plain(made.base)}", highlight=False, soft_wrap=True)

@@ -1,6 +1,8 @@
-"""Whole models that keep their quantized matrices packed: linear layers decode theirs whenever they are used."""
+"""Whole models that keep their quantized matrices packed: linear layers decode theirs whenever they are used, in the backward pass once more."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +48,21 @@ class QuantLinear(nn.Module):
         """The decoded matrix."""
         return numerics.dequantize(self.quantized()).to(self.decode_to)
 
+    @property
+    def qweight(self) -> Tensor:
+        """One of the packed parts: peft looks under this name for the device of a layer without decoding it."""
+        return getattr(self, f"_{self.names[0]}")
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] in any floating dtype, which the result has, too."""
+        """x [..., in_features] in any floating dtype, which the result has, too. The graph keeps no decoded matrix (see _Product)."""
         if self.rounding is not None:
             x = activations.fake_quantize(x, self.rounding)
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return _Product.apply(x, self.bias, self)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + bias."""
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def _apply(self, fn, recurse: bool = True) -> QuantLinear:
@@ -64,6 +77,22 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}, bias={self.bias is not None}"
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + bias, of which nothing is kept but the layer: W is decoded again for the gradient of x, G W (Dettmers et al., arXiv:2305.14314, section 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        layer: QuantLinear = ctx.layer
+        to_x = (gradient @ layer.weight.to(gradient.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        to_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return to_x, to_bias, None
 
 
 def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.device("cpu"), *, decode_to: torch.dtype | None = None) -> nn.Module:

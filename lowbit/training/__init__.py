@@ -5,10 +5,15 @@
     training.prepare(model, "int4-asym-g64")          # linear layers now multiply with what the file will hold
     ...                                               # any loop, transformers' Trainer, TRL
     training.write(model, "out", source=folder)       # the file, in the recipe's target
+
+    training.qlora("model", "adapter", data="chat.jsonl")            # an adapter of peft's on a base that stays packed
+    model = training.load_adapter(lowbit.load("model-nf4"), "adapter")
 """
 
+from .adapters import load as load_adapter
 from .prepare import convert, prepare
 from .qat import QatOptions, qat
+from .qlora import QloraOptions, qlora
 from .save import write
 
-__all__ = ["QatOptions", "convert", "prepare", "qat", "write"]
+__all__ = ["QatOptions", "QloraOptions", "convert", "load_adapter", "prepare", "qat", "qlora", "write"]

@@ -1,9 +1,15 @@
 """Whole models from lowbit.load compute what the checkpoint says: buffers of the file, rounded inputs of dense weights."""
 
+import pytest
 import torch
 import transformers
 
 import lowbit
+from lowbit import numerics
+from lowbit.models.quantized import QuantLinear
+from lowbit.numerics import activations
+from lowbit.pipeline import recipes
+from lowbit.stats import LayerStats
 
 IDS = torch.arange(16).unsqueeze(0) * 7 % 256
 DEEPSEEK = {
@@ -33,3 +39,51 @@ def test_dense_weights_read_their_inputs_rounded(model_folder, tmp_path, load_pl
         dense, packed = (lowbit.load(tmp_path / target, dtype="float32")(IDS).logits for target in ("safetensors", "compressed-tensors"))
         assert float((load_plain(tmp_path / "safetensors")(IDS).logits - packed).abs().max()) > 0.01
     torch.testing.assert_close(dense, packed, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["nf4-dq", "int4-asym-g32-rtn", "q4_0", "int8-sym-channel-rtn-a8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_decodes_again(recipe, dtype):
+    """Nothing of the weight's size is kept for the backward pass; gradients, and the forward pass bit for bit, are those of a dense layer."""
+    torch.manual_seed(0)
+    scheme = recipes.parse(recipe).recipe.scheme
+    rounding = None if scheme.act is None else activations.settle(scheme.act, LayerStats())
+    bias = torch.randn(96)
+    layer = QuantLinear(numerics.quantize(torch.randn(96, 64), scheme), bias.to(dtype), rounding)
+    x = torch.randn(2, 5, 64, dtype=dtype)
+    inputs, kept = [x.clone().requires_grad_(), x.clone().requires_grad_()], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        made = layer(inputs[0])
+    assert max(kept, default=0) <= x.numel()
+    rounded = inputs[1] if rounding is None else activations.fake_quantize(inputs[1], rounding)
+    dense = torch.nn.functional.linear(rounded, layer.weight.to(dtype), layer.bias)
+    assert torch.equal(made, dense)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.product(x if rounding is None else activations.fake_quantize(x, rounding)))
+    upstream = torch.randn_like(made)
+    made.backward(upstream)
+    dense.backward(upstream)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+
+
+def test_backward_under_autocast():
+    torch.manual_seed(0)
+    layer = QuantLinear(numerics.quantize(torch.randn(96, 64), recipes.parse("nf4-dq").recipe.scheme), torch.randn(96))
+    x = torch.randn(5, 64)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        made, dense = layer(inputs[0]), torch.nn.functional.linear(inputs[1], layer.weight, layer.bias)
+    assert made.dtype == torch.bfloat16
+    assert torch.equal(made, dense)
+    upstream = torch.randn_like(made)
+    made.backward(upstream)
+    dense.backward(upstream)
+    assert inputs[0].grad.dtype == torch.float32
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+
+
+def test_bias_can_be_trained():
+    layer = QuantLinear(numerics.quantize(torch.randn(96, 64), recipes.parse("nf4-dq").recipe.scheme), torch.randn(96))
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(2, 5, 64)).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((96,), 10.0))
