@@ -166,10 +166,10 @@ def test_options(changes, folder, text_file, tmp_path):
 
 
 def test_bfloat16_and_other_formats(folder, text_file, tmp_path, monkeypatch):
-    for number, (recipe, target) in enumerate((("nf4-g64-dq-rtn", "bitsandbytes"), ("int8-sym-channel-a8", None))):
+    for number, (recipe, target) in enumerate((("nf4-g64-dq-rtn", "bitsandbytes"), ("int4-sym-channel-rtn-a8", None))):
         watch = Watch(monkeypatch)
         out = tmp_path / f"out{number}"
-        run(folder, out, text_file, recipe, options=options(steps=4, lr=3e-5, lr_scales=3e-5), dtype="bfloat16", target_name=target)
+        run(folder, out, text_file, recipe, options=options(steps=12, lr=2e-5, lr_scales=2e-5), dtype="bfloat16", target_name=target)
         read = decoded(out)
         assert watch.values and all(torch.equal(value, watch.values[name]) for name, value in read.items())
 
