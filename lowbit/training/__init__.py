@@ -7,8 +7,9 @@
     training.write(model, "out", source=folder)       # the file, in the recipe's target
 """
 
+from .merge import Merged, merge
 from .prepare import convert, prepare
 from .qat import QatOptions, qat
 from .save import write
 
-__all__ = ["QatOptions", "convert", "prepare", "qat", "write"]
+__all__ = ["Merged", "QatOptions", "convert", "merge", "prepare", "qat", "write"]
