@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from lowbit.errors import CheckpointError, JobError, LowbitError, RecipeError
 from lowbit.models import skeleton as sk
 from lowbit.pipeline.convert import convert
 from lowbit.pipeline.quantize import quantize
+from lowbit.progress import Progress
 from lowbit.training.merge import merge, merged
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -364,3 +366,37 @@ def test_what_is_no_folder_of_an_adapter(sound, model_folder, tmp_path):
     with pytest.raises(CheckpointError, match="leads out"):
         open_adapter(folder)
     assert replace(open_adapter(sound), copies={}).ranks == [4]
+
+
+# ------------------------------------------------------------------------------------------------------------------ stopped jobs
+
+
+class Stopping(Progress):
+    """Stops the job, as Ctrl-C does, when two blocks are done."""
+
+    @contextmanager
+    def step(self, title, total):
+        done = 0
+
+        def advance(n=1):
+            nonlocal done
+            done += n
+            if title == "Quantizing blocks" and done >= 0.7 * total:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+def test_a_stopped_merge_goes_on(trained, sound, text_file, tmp_path, assert_same):
+    base, adapter = trained
+    options = {"recipe": "int4-asym-g32-gptq", "calibration": text_file, "measure": False, **SMALL}
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, adapter, tmp_path / "out", progress=Stopping(), **options)
+    assert (tmp_path / "out.work" / "block-00000.json").exists() and not (tmp_path / "out").exists()
+    with pytest.raises(JobError, match="its merged differ"):
+        merge(base, sound, tmp_path / "out", resume=True, **options)
+    merge(base, adapter, tmp_path / "out", resume=True, **options)
+    merge(base, adapter, tmp_path / "whole", **options)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    with pytest.raises(JobError, match="of another merge"):
+        merge(base, sound, tmp_path / "out", resume=True, **options)
