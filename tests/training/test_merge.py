@@ -125,6 +125,27 @@ def test_a_tied_weight_that_is_adapted_alone_becomes_two(target, model_folder, l
         torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.consumer
+def test_base_and_adapter_are_what_peft_runs_on_bitsandbytes(model_folder, load_plain, tmp_path):
+    """The weights that are merged into are those that bitsandbytes multiplies with: its NF4 base with peft's adapter gives the merged model's logits."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    base = quantize(model_folder("llama"), "nf4-dq", tmp_path / "nf4").path
+    save_adapter(load_plain(model_folder("llama")), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(load_plain(base), tmp_path / "adapter").eval()
+    ids = torch.arange(24).unsqueeze(0) * 7 % 300
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+    skeleton = sk.build(merged(open_checkpoint(base), open_adapter(tmp_path / "adapter"), whole=True))
+    model = load_plain(model_folder("llama"))
+    with torch.no_grad():
+        for name in skeleton.sources:
+            model.get_parameter(name).copy_(sk.load_parameter(skeleton, name, torch.float32))
+        difference = (model(ids).logits - wanted).abs().max() / wanted.abs().max()
+        alone = (load_plain(model_folder("llama"))(ids).logits - wanted).abs().max() / wanted.abs().max()
+    assert type(theirs.base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert difference < 1e-4 < alone
+
+
 # ------------------------------------------------------------------------------------------------------------------ what it costs
 
 
