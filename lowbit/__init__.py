@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .pipeline.load import load
     from .pipeline.plan import plan
     from .pipeline.quantize import quantize
+    from .training.merge import merge
 
 _PUBLIC = {
     "quantize": "pipeline.quantize",
@@ -32,12 +33,13 @@ _PUBLIC = {
     "imatrix": "pipeline.imatrix",
     "plan": "pipeline.plan",
     "load": "pipeline.load",
+    "merge": "training.merge",
     "Scheme": "scheme",
     "Recipe": "recipe",
     "LowbitError": "errors",
 }
 
-__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "imatrix", "load", "open", "plan", "quantize"]
+__all__ = ["LowbitError", "Recipe", "Scheme", "compare", "convert", "evaluate", "imatrix", "load", "merge", "open", "plan", "quantize"]
 
 
 def open(path):

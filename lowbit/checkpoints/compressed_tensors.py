@@ -23,9 +23,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +38,11 @@ from ..tensor import QuantizedTensor
 from . import ct_layouts, safetensors
 from .checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from .ct_layouts import FLOATS, FP8, LAYOUTS, PACKED, layout_of
+from .patterns import Patterns
 
 KIND = "compressed-tensors"
 VERSION = "0.20.0"
 GROUP_SIZES = (256, 128, 64, 32, 16)
-REGEX_LENGTH, REGEX_SECONDS = 10_000, 5.0
-_COSTLY = re.compile(r"\{[^}]*\d{3}|\(\?(?![:=!i]|<[=!])")  # counts of hundreds and recursion take memory that no clock bounds
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale")
 _FAMILIES = ({PACKED, "int-quantized"}, {"float-quantized", "naive-quantized"})  # layouts whose schemes another writer may put into either
 _INPUT_PARTS = ("input_scale", "input_zero_point")
@@ -295,11 +292,11 @@ class _Targets:
         self.groups, self.path = groups, path
         self.exact: dict[str, tuple[Scheme, str]] = {}
         self.patterns: list[tuple[regex.Pattern, tuple[Scheme, str]]] = []
-        self.seconds = REGEX_SECONDS
+        self.expressions = Patterns(path, "target")
         for targets, scheme, layout in groups if len(groups) > 1 else ():
             for target in targets:
                 if target.startswith("re:"):
-                    self.patterns.append((self._compiled(target.removeprefix("re:")), (scheme, layout)))
+                    self.patterns.append((self.expressions.compiled(target.removeprefix("re:")), (scheme, layout)))
                 else:
                     self.exact.setdefault(target, (scheme, layout))
         self.by_class = self.exact.get("Linear") or next((found for name, found in self.exact.items() if name.isidentifier()), None)
@@ -307,35 +304,10 @@ class _Targets:
     def find(self, module: str) -> tuple[Scheme, str]:
         if len(self.groups) == 1:
             return self.groups[0][1:]
-        found = self.exact.get(module) or next((found for pattern, found in self.patterns if self._matches(pattern, module)), None) or self.by_class
+        found = self.exact.get(module) or next((found for pattern, found in self.patterns if self.expressions.matches(pattern, module)), None) or self.by_class
         if found is None:
             raise CheckpointError(f"{self.path}: {module} is packed, but no config group targets it.")
         return found
-
-    def _compiled(self, pattern: str) -> regex.Pattern:
-        if len(pattern) > REGEX_LENGTH or _COSTLY.search(pattern):
-            raise CheckpointError(f"{self.path}: the target {pattern[:80]!r} is no expression for names: it is long, counts to hundreds or calls itself.")
-        try:
-            with self._timed(pattern):
-                return regex.compile(pattern)
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(f"{self.path}: the target {pattern[:80]!r} is not a regular expression: {error}.") from error
-
-    def _matches(self, pattern: regex.Pattern, module: str) -> bool:
-        with self._timed(pattern.pattern):
-            return pattern.match(module, timeout=self.seconds) is not None
-
-    @contextmanager
-    def _timed(self, pattern: str) -> Iterator[None]:
-        """A file's patterns may take REGEX_SECONDS together: with some names some take for ever."""
-        start = time.monotonic()
-        try:
-            yield
-            self.seconds -= time.monotonic() - start
-            if self.seconds <= 0:
-                raise TimeoutError
-        except TimeoutError as error:
-            raise CheckpointError(f"{self.path}: the target {pattern[:80]!r} takes too long to match the names of this model.") from error
 
 
 def _open_module(module: str, tensors: Mapping[str, LazyTensor], scheme: Scheme, layout: str, config: dict, path: Path) -> LazyQuantized:

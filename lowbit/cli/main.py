@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "compare": measuring.compare,
     "eval": measuring.evaluate,
     "convert": making.convert,
+    "merge": making.merge,
     "verify": measuring.verify,
     "push": making.push,
     "demo": making.demo,

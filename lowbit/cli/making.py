@@ -1,4 +1,4 @@
-"""Commands that make files and send them: quantize, imatrix, convert, push, demo."""
+"""Commands that make files and send them: quantize, imatrix, convert, merge, push, demo."""
 
 from __future__ import annotations
 
@@ -234,3 +234,66 @@ def demo(
     from .demo import run
 
     run(output, model)
+
+
+def merge(
+    base: Annotated[str, typer.Argument(help="What the adapter was trained on: a folder in any layout that lowbit reads, a hub id or a .gguf file.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help="A LoRA adapter of peft: a folder, or a hub id.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder, or a .gguf file.", show_default=False)],
+    recipe: Annotated[str | None, typer.Option(help="As in quantize (default int4-asym-g64-gptq).", show_default=False)] = None,
+    to: Annotated[str | None, typer.Option(help=f"{LAYOUTS}. Default: the first that holds the recipe.", show_default=False)] = None,
+    base_recipe: Annotated[str | None, typer.Option(help="Of a dense BASE that training rounded on the way in: nf4-dq in QLoRA.", show_default=False)] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Put a QA-LoRA adapter into BASE's float zero-points (HQQ, Q4_1, Q5_1); no code changes.")] = False,
+    calibration: CalibrationText = None,
+    n_samples: Samples = None,
+    seq_len: Length = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Also measure the KL divergence to base + adapter, and that of plain rounding.")] = True,
+    text: Annotated[str | None, typer.Option(help="Held-out text to measure on, .txt or .jsonl (default: the evaluation part of the bundled text).", show_default=False)] = None,
+    windows: Annotated[int, typer.Option(help="How many windows of 512 tokens are measured, from the start of the text.", min=1)] = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    max_shard_size: Shard = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge a LoRA adapter into the weights that it was trained against (BASE decoded, not the original), and quantize them again with error feedback.
+
+    It says what that cost: the KL divergence to base + adapter, beside that of merging and plain rounding.
+
+    Examples:
+
+      lowbit merge ./model-nf4 ./adapter --recipe int4-asym-g64-gptq --calibration chat.jsonl -o merged
+
+      lowbit merge ./model ./adapter --base-recipe nf4-dq --to gguf --recipe q4_k_m-gptq -o merged.gguf
+
+      lowbit merge ./model-hqq ./qalora-adapter --lossless -o merged
+    """
+    from .console import BarProgress, out, plain, print_json
+
+    prepare(threads)
+    from dataclasses import asdict
+
+    from ..training.merge import merge as run
+
+    try:
+        made = run(
+            base, adapter, output, recipe=recipe, target_name=to, base_recipe=base_recipe, lossless=lossless, calibration=calibration, n_samples=n_samples, seq_len=seq_len, measure=measure,
+            text=text, n_windows=windows, device=device, dtype=dtype, seed=seed, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite, progress=BarProgress(quiet=as_json),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        _stopped()
+    if as_json:
+        print_json(asdict(made))
+        return
+    said = made.provenance["merged"]
+    ranks = " and ".join(map(str, said["ranks"]))
+    out.print(f"[bold]{plain(made.path)}[/]  {said['matrices']} matrices with an adapter of rank {ranks}, {made.seconds:.0f} s", highlight=False, soft_wrap=True)
+    if made.statement:
+        out.print(made.statement, highlight=False, soft_wrap=True)
+    if made.kl is not None:
+        beside = f"; merged and rounded plainly to the same numbers {made.naive.value:.4f} ({made.naive.low:.4f} to {made.naive.high:.4f})" if made.naive is not None else ""
+        out.print(f"Mean KL divergence to base + adapter: {made.kl.value:.4f} ({made.kl.low:.4f} to {made.kl.high:.4f}) nats{beside}.", highlight=False, soft_wrap=True)
+        out.print(f"{made.windows} windows of {made.length} tokens, every token scored, float32; 95% intervals.", style="dim", highlight=False)

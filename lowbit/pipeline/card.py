@@ -68,7 +68,9 @@ def _facts(checkpoint: Checkpoint, recipe: Mapping, provenance: Mapping) -> str:
     calibration = provenance.get("calibration")
     text = f"{calibration['windows']} windows of {calibration['length']} tokens" if isinstance(calibration, dict) and {"windows", "length"} <= calibration.keys() else "none"
     steps = [*(recipe.get("transforms") or {}), *([recipe["algorithm"]] if recipe.get("algorithm") else [])]
+    merged = provenance.get("merged")
     rows = {
+        "adapter": f"{merged.get('adapter')}, merged into {merged.get('base')} ({merged.get('base_recipe') or merged.get('base_format')})" if isinstance(merged, dict) else "",
         "recipe": f"`{recipe['name']}`" if recipe.get("name") else "", "method": ", ".join(steps), "layout": checkpoint.kind,
         "number formats": ", ".join(sorted({entry.scheme.name for entry in linears})), "bits per quantized weight": f"{8 * sum(entry.nbytes for entry in linears) / weights:.3f}" if weights else "",
         "size of the tensors": f"{checkpoint.tensor_bytes / 1e6:,.1f} MB ({len(linears)} matrices quantized)", "calibration": text if recipe else "",

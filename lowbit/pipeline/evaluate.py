@@ -102,7 +102,7 @@ def compare(
         own = _own_dtype(checkpoints[0])
         extra = [checkpoints[0]] if noise_floor and own != compute else []
         caches = [None, *[KVScheme(bits=kv_bits) if kv_bits else None] * len(models), *[None] * len(extra)]
-        scores = _run_all(checkpoints + extra, [compute] * len(checkpoints) + [own] * len(extra), windows, chosen, progress, kv=caches)
+        scores = score_all(checkpoints + extra, [compute] * len(checkpoints) + [own] * len(extra), windows, chosen, progress, kv=caches)
     rows = []
     for label, path, checkpoint, found in zip(labels, paths, checkpoints, scores, strict=False):
         rows.append(Row(label, path, size_of(checkpoint), {c: summarize(found, c, seed=seed) for c in CONVENTIONS}, checkpoint.provenance))
@@ -131,7 +131,7 @@ def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _run_all(
+def score_all(
     checkpoints: list[Checkpoint], dtypes: list[torch.dtype], windows: Windows, device: torch.device, progress: Progress, *, kv: list[KVScheme | None]
 ) -> list[list[WindowScores]]:
     """Scores of every model on every window; the first is the reference. All models advance together, block by block."""

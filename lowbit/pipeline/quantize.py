@@ -51,7 +51,7 @@ class Result:
 
 
 def quantize(
-    model: str | Path | transformers.PreTrainedModel,
+    model: str | Path | transformers.PreTrainedModel | Checkpoint,
     recipe: str | Path | Recipe | None = None,
     output: str | Path | None = None,
     *,
@@ -71,7 +71,8 @@ def quantize(
 ) -> Result:
     """Quantize a model and write it; the model is streamed block by block and never held whole.
 
-    model: a Hugging Face folder, a hub id, a GGUF file, or a transformers model (which is saved to a temporary folder first).
+    model: a Hugging Face folder, a hub id, a GGUF file, a transformers model (which is saved to a temporary folder first), or a Checkpoint (whose tensors may
+    be made when they are read).
     recipe: a preset, a short form ("int4-asym-g128-gptq"), a TOML file or a Recipe; None: the target's default.
     output: a new folder (or .gguf file); None: MODEL-RECIPE in the current folder. target_name: one of checkpoints.TARGETS ("compressed-tensors", "gguf", "gptq", "safetensors", ...).
     calibration, n_samples, seq_len, seed: override the recipe's. imatrix: a file with llama.cpp's importance matrix, for plain rounding without calibration.
@@ -84,12 +85,12 @@ def quantize(
     started, peak = time.monotonic(), resources.PeakMemory()
     with _as_path(model, resume=resume) as path:
         draft = recipes.parse(recipe, target_name=target_name or _target_of(output))
-        located = locate(path, progress=progress)
+        located = path.path if isinstance(path, Checkpoint) else locate(path, progress=progress)
         output = Path(output) if output is not None else Path(_default_name(located, draft.recipe, sharded=max_shard_size is not None))
         shard_bytes = shard_bytes_of(max_shard_size, draft.recipe.target, output)
         refuse_existing(output, resume=resume, overwrite=overwrite)
         refuse_own_input(output, located)
-        setup = set_up(located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress, imatrix)
+        setup = set_up(path if isinstance(path, Checkpoint) else located, draft, calibration, n_samples, seq_len, seed, device, dtype, progress, imatrix)
         if refinement is not None:
             setup = replace(setup, needs=tuple(sorted({*setup.needs, "reference"})), refinement=refinement)
         with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
@@ -115,7 +116,7 @@ def quantize(
 
 
 @contextmanager
-def _as_path(model, *, resume: bool) -> Iterator[str | Path]:
+def _as_path(model, *, resume: bool) -> Iterator[str | Path | Checkpoint]:
     if not isinstance(model, transformers.PreTrainedModel):
         yield model
         return
@@ -165,6 +166,7 @@ def job_key(setup: Setup, windows: Windows | None) -> dict:
         "weights": sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights),
         "recipe": setup.recipe.to_dict(),
         "refinement": setup.refinement and setup.refinement.settings(),
+        **({"merged": setup.checkpoint.provenance["merged"]} if "merged" in setup.checkpoint.provenance else {}),
         "data": windows.digest if windows else setup.imatrix and setup.imatrix["sha256"],
         "dtype": str(setup.dtype),
         "device": setup.device.type,
@@ -210,6 +212,7 @@ def _provenance(setup: Setup, windows: Windows | None, records: dict) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": {"architecture": type(setup.skeleton.model).__name__, "parameters": setup.skeleton.parameter_count(), "fingerprint": fingerprint(setup.checkpoint), "format": setup.checkpoint.kind},
+        **({"merged": setup.checkpoint.provenance["merged"]} if "merged" in setup.checkpoint.provenance else {}),
         "recipe": recipe,
         **({"refinement": setup.refinement.settings()} if setup.refinement else {}),
         "calibration": None if windows is None else {"windows": len(windows.ids), "length": windows.ids.shape[1], "tokens": windows.tokens, "found": windows.found, "sha256": windows.digest},

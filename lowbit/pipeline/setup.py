@@ -76,8 +76,8 @@ class Setup:
 
 
 def set_up(path, draft, calibration, n_samples, seq_len, seed, device, dtype, progress, imatrix=None) -> Setup:
-    """Open the model's headers and resolve the recipe (a Draft) against them; the other arguments are quantize's. Raises LowbitError for what cannot be."""
-    checkpoint = open_checkpoint(path)
+    """Open the model's headers (path may be a Checkpoint) and resolve the recipe (a Draft) against them; the other arguments are quantize's. Raises LowbitError for what cannot be."""
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     rounded = bool(checkpoint.activations)
     checkpoint = replace(checkpoint, activations={})
     skeleton = sk.build(checkpoint)

@@ -8,12 +8,14 @@
 
     training.qlora("model", "adapter", data="chat.jsonl")            # an adapter of peft's on a base that stays packed
     model = training.load_adapter(lowbit.load("model-nf4"), "adapter")
+    training.merge("model-nf4", "adapter", "merged", recipe="int4-asym-g64-gptq")
 """
 
 from .adapters import load as load_adapter
+from .merge import Merged, merge
 from .prepare import convert, prepare
 from .qat import QatOptions, qat
 from .qlora import QloraOptions, qlora
 from .save import write
 
-__all__ = ["QatOptions", "QloraOptions", "convert", "load_adapter", "prepare", "qat", "qlora", "write"]
+__all__ = ["Merged", "QatOptions", "QloraOptions", "convert", "load_adapter", "merge", "prepare", "qat", "qlora", "write"]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-COMMANDS = ("quantize", "imatrix", "compare", "eval", "convert", "plan", "inspect", "doctor", "demo")
+COMMANDS = ("quantize", "imatrix", "compare", "eval", "convert", "merge", "plan", "inspect", "doctor", "demo")
 
 
 def run(*args):
