@@ -82,7 +82,7 @@ def loftq_base(built: sk.Skeleton, recipe: Recipe, plans: dict[str, LayerPlan], 
             advance()
     tensors = {name: tensor for name, tensor in source.tensors.items() if name not in quantized}
     layers = {name: {"scheme": entry.scheme.name, "algorithm": plans[name].algorithm, "shape": list(entry.shape)} for name, entry in quantized.items()}
-    provenance = {"lowbit": __version__, "recipe": recipe.to_dict(), "refinement": {"method": "loftq", "rank": rank, "steps": LOFTQ_STEPS}, "calibration": None, "notes": [], "layers": layers}
+    provenance: dict = {"lowbit": __version__, "recipe": recipe.to_dict(), "refinement": {"method": "loftq", "rank": rank, "steps": LOFTQ_STEPS}, "calibration": None, "notes": [], "layers": layers}
     return replace(source, tensors=tensors, quantized=quantized, provenance=provenance), {name: tuple(pair) for name, pair in start.items()}  # type: ignore[misc]
 
 
