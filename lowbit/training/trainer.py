@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 
-from ..errors import ModelError
+from ..errors import FormatError, ModelError
 from .losses import cross_entropy, divergence
 from .modules import FakeQuantEmbedding, FakeQuantLinear
 
@@ -39,7 +43,10 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         ids = inputs["input_ids"]
-        output = model(input_ids=ids, use_cache=False)
+        try:
+            output = model(input_ids=ids, use_cache=False)
+        except FormatError as error:  # an input or a weight that cannot be rounded
+            raise self._stopped(ids) from error
         logits = output.logits
         total = logits.new_zeros((), dtype=torch.float32)
         if self.share < 1:
@@ -49,8 +56,11 @@ class DistillationTrainer(Trainer):
         if self.share > 0:
             total = total + self.share * cross_entropy(logits, ids)
         if not bool(torch.isfinite(total)):
-            raise ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(self.model)}. Lower the learning rate, or compute in float32 (--dtype float32).")
+            raise self._stopped(ids)
         return (total, output) if return_outputs else total
+
+    def _stopped(self, ids: Tensor) -> ModelError:
+        return ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(self.model, ids)}. Lower the learning rate, or compute in float32 (--dtype float32).")
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """Weights and the rest at args.learning_rate, scales and zero-points at lr_scales; nothing decays but the masters, if asked for."""
@@ -83,8 +93,21 @@ class DistillationTrainer(Trainer):
         return found
 
 
-def first_bad(model: nn.Module) -> str:
-    """The first layer whose weight, scale or gradient is not finite, in words."""
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of the Trainer in folder, and None where there is none; those that were being written when the process ended are removed."""
+    found = sorted((int(path.name.removeprefix("checkpoint-")), path) for path in folder.glob("checkpoint-*"))
+    for _, path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the last file of a checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            return str(path)
+    return None
+
+
+def first_bad(model: nn.Module, ids: Tensor) -> str:
+    """The first layer whose weight, scale, gradient or output (for the tokens ids) is not finite, in words."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"{name} holds NaN or infinity"
@@ -94,4 +117,24 @@ def first_bad(model: nn.Module) -> str:
     for name, module in with_nan:
         if not math.isfinite(float(module.view(module.weight).sum())):
             return f"the quantized weight of {name} is not finite"
-    return "every weight is finite, an activation overflowed"
+    overflowed = _first_overflow(model, ids)
+    return "every weight is finite, a difference of logits overflowed" if overflowed is None else f"every weight is finite, the output of {overflowed} is not"
+
+
+@torch.no_grad()
+def _first_overflow(model: nn.Module, ids: Tensor) -> str | None:
+    """The name of the first module whose output is not finite."""
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and not found and not bool(torch.isfinite(output).all()):
+            found.append(name)
+
+    hooks = [module.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output)) for name, module in model.named_modules()]
+    try:
+        with suppress(FormatError):  # the next layer refuses to round it
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
