@@ -7,8 +7,9 @@
     training.write(model, "out", source=folder)       # the file, in the recipe's target
 """
 
+from .bitnet import BitNetOptions, bitnet
 from .prepare import convert, prepare
 from .qat import QatOptions, qat
 from .save import write
 
-__all__ = ["QatOptions", "convert", "prepare", "qat", "write"]
+__all__ = ["BitNetOptions", "QatOptions", "bitnet", "convert", "prepare", "qat", "write"]

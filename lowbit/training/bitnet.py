@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__, numerics
 from ..checkpoints import Checkpoint, LazyQuantized, gguf, open_checkpoint
 from ..checkpoints import bitnet as layout
 from ..checkpoints.safetensors import read_json
-from ..errors import CheckpointError, JobError, LowbitError, RecipeError, missing_extra
+from ..errors import CheckpointError, LowbitError, RecipeError, missing_extra
 from ..models import skeleton as sk
 from ..numerics import affine, ggml
 from ..pipeline import resources
@@ -46,7 +46,7 @@ from ..tensor import QuantizedTensor
 from .losses import cross_entropy
 from .modules import ActView, FakeQuantLinear
 from .prepare import matrices
-from .qat import Trained, _claim, _Report
+from .qat import Report, Trained, claim
 from .save import as_checkpoint
 from .text import split, train_tokenizer, write_tokens
 from .trainer import DistillationTrainer, last_checkpoint
@@ -134,8 +134,8 @@ def bitnet(
 ) -> Trained:
     """Train a model of binary or ternary weights and write it as a BitNet folder, which transformers loads; with weights "full" as a plain one.
 
-    model: an existing one to begin with, from which it is distilled; None: from scratch, with config (values of transformers' bitnet class, or a JSON file of them; defaults: SMALL) and a byte-level BPE
-    trained on data. options: default PHASED with a model, BitNetOptions() without. gguf_type: "tq1_0" or "tq2_0": write OUT.gguf, too. trainer: further transformers.TrainingArguments.
+    model: an existing one to begin with, from which it is distilled; None: from scratch, with config (values of transformers' bitnet class, or a JSON file of them; defaults: SMALL) and a
+    byte-level BPE trained on data. options: default PHASED with a model, BitNetOptions() without. gguf_type: "tq1_0" or "tq2_0": write OUT.gguf, too. trainer: further transformers.TrainingArguments.
     resume: go on from the last checkpoint of OUT.train. Raises LowbitError before any work on bad input.
     """
     try:
@@ -154,7 +154,7 @@ def bitnet(
     folder = path.with_name(path.name + ".train")
     key = {"source": plan.key, "options": asdict(options), "gguf": gguf_type, "seed": seed, "dtype": str(compute), "data": data, "torch": torch.__version__}
     with readable_errors(path):
-        _claim(folder, json.loads(json.dumps(key)), resume=resume, overwrite=overwrite)
+        claim(folder, json.loads(json.dumps(key)), resume=resume, overwrite=overwrite)
         start = plan.folder or _begin(folder / "start", plan.config, data, seed)
         scheme = None if options.weights == "full" else scheme_of(options.weights, "float16" if gguf_type else "float32")
         made, curve = _train(start, folder, scheme, options, data, seed, place, compute, plan.folder is not None, trainer or {}, progress)
@@ -192,6 +192,7 @@ def _from_scratch(given: Mapping[str, Any] | str | Path | None, options: BitNetO
         config = transformers.BitNetConfig(**{**values, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None})
         with torch.device("meta"):
             model = transformers.BitNetForCausalLM(config)
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
     except Exception as error:  # the library raises many kinds for values that make no model
         raise RecipeError(f"transformers makes no BitNet model of this configuration: {' '.join(str(error).split())}") from error
     if config.max_position_embeddings < options.seq_len:
@@ -307,15 +308,20 @@ def _train(
             "weight_decay": options.weight_decay, "adam_beta2": 0.95, "max_grad_norm": 1.0, "bf16": compute == torch.bfloat16, "use_cpu": place.type == "cpu", "seed": seed, "data_seed": seed,
             "save_strategy": "steps", "save_steps": options.eval_every, "save_total_limit": 2, "eval_strategy": "steps", "eval_steps": options.eval_every, "load_best_model_at_end": True,
             "metric_for_best_model": "loss" if teacher is None else "kl", "greater_is_better": False, "logging_steps": 10, "report_to": [], "remove_unused_columns": False, "disable_tqdm": True,
-            "gradient_checkpointing": options.gradient_checkpointing, "dataloader_pin_memory": False, "dataloader_drop_last": True, **more,
+            "dataloader_pin_memory": False, "dataloader_drop_last": True, **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}), **more,
         }
     )  # fmt: skip
+    report = Report(progress, None)
     trainer = BitNetTrainer(
         model=student, args=arguments, train_dataset=train, eval_dataset=held, teacher=teacher, loss=options.loss, lr_scales=0.0, held_out=torch.stack([held.row(i) for i in range(len(held))]),
-        rate=partial(options.rate, steps=steps), callbacks=[_Stages(student, options, steps), _Report(progress, None)],
+        rate=partial(options.rate, steps=steps), callbacks=[_Stages(student, options, steps), report],
     )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
     last = last_checkpoint(folder / "steps")
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    finally:
+        report.close()
     name = f"eval_{'loss' if teacher is None else 'kl'}"
     curve = [(int(entry["step"]), float(entry[name])) for entry in trainer.state.log_history if name in entry]
     made = as_checkpoint(student, source, {})
@@ -331,13 +337,15 @@ class BitNetTrainer(DistillationTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
-            base = self.args.learning_rate
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: self.rate(step) / base)
+            base, given = self.args.learning_rate, optimizer or self.optimizer
+            assert given is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(given, lambda step: self.rate(step) / base)
         return self.lr_scheduler
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **more: Any) -> dict[str, float]:
-        phases = {module: module.phase for module in self.model.modules() if isinstance(module, FakeQuantLinear)}
-        set_phase(self.model, 1.0)
+        model: Any = self.model
+        phases = {module: module.phase for module in model.modules() if isinstance(module, FakeQuantLinear)}
+        set_phase(model, 1.0)
         try:
             return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **more) if self.teacher is not None else self._cross_entropy(f"{metric_key_prefix}_loss")
         finally:
@@ -346,14 +354,14 @@ class BitNetTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _cross_entropy(self, key: str) -> dict[str, float]:
-        was = self.model.training
-        self.model.eval()
-        total = 0.0
+        model: Any = self.model
+        was, total = model.training, 0.0
+        model.eval()
         for ids in self.held_out.split(self.args.per_device_train_batch_size):
             ids = ids.to(self.args.device)
             with self.compute_loss_context_manager():
-                total += float(cross_entropy(self.model(input_ids=ids, use_cache=False).logits, ids)) * len(ids)
-        self.model.train(was)
+                total += float(cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)) * len(ids)
+        model.train(was)
         found = {key: total / len(self.held_out)}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)

@@ -120,7 +120,7 @@ def qat(
     folder = path.with_name(path.name + ".train")
     checkpoint = open_checkpoint(located)
     key = {"model": fingerprint(checkpoint), "recipe": draft.recipe.to_dict(), "options": asdict(options), "seed": seed, "dtype": dtype, "data": str(data), "torch": torch.__version__}
-    _claim(folder, json.loads(json.dumps(key)), resume=resume, overwrite=overwrite)
+    claim(folder, json.loads(json.dumps(key)), resume=resume, overwrite=overwrite)
     place = resources.choose_device(device)
     compute = resources.choose_dtype(dtype, place)
     with readable_errors(path):
@@ -138,7 +138,7 @@ def qat(
     return Trained(path, curve, time.monotonic() - started, provenance)
 
 
-def _claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
+def claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
     """Take the folder of a training, or refuse: an unfinished one without resume, another one with it."""
     if folder.exists() and overwrite and not resume:
         shutil.rmtree(folder)
@@ -200,7 +200,7 @@ def _end_to_end(located: Path, folder: Path, options: QatOptions, data: str, see
     )  # fmt: skip
     trainer = DistillationTrainer(
         model=student, args=arguments, train_dataset=Rows(train), eval_dataset=Rows(held), teacher=teacher, loss=options.loss, lr_scales=options.lr_scales, held_out=held,
-        callbacks=[_Report(progress, options.minutes)],
+        callbacks=[Report(progress, options.minutes)],
     )  # fmt: skip
     last = transformers.trainer_utils.get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
     first = None if last else trainer.evaluate()["eval_kl"]
@@ -227,7 +227,7 @@ def _with_training_dtype(model: nn.Module) -> Any:
     return model.train()
 
 
-class _Report(transformers.TrainerCallback):
+class Report(transformers.TrainerCallback):
     """Progress, and the end of the time."""
 
     def __init__(self, progress: Progress, minutes: float | None) -> None:
@@ -245,5 +245,11 @@ class _Report(transformers.TrainerCallback):
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_train_end(self, args, state, control, **_: Any) -> None:
-        self._step.__exit__(None, None, None)
+        self.close()
+
+    def close(self) -> None:
+        """End the step of the progress, also where training stopped with an error."""
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -115,7 +114,11 @@ def first_bad(model: nn.Module, ids: Tensor) -> str:
             return f"the gradient of {name} is not finite"
     with_nan = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]
     for name, module in with_nan:
-        if not math.isfinite(float(module.view(module.weight).sum())):
+        try:
+            finite = bool(torch.isfinite(module.view(module.weight)).all())
+        except FormatError:
+            finite = False
+        if not finite:
             return f"the quantized weight of {name} is not finite"
     overflowed = _first_overflow(model, ids)
     return "every weight is finite, a difference of logits overflowed" if overflowed is None else f"every weight is finite, the output of {overflowed} is not"
