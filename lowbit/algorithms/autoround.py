@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..scheme import Scheme
 from ..tensor import QuantizedTensor
 
 SMALLEST_SCALE = 1e-5
+CHUNK = 1 << 17  # weights
 
 
 @dataclass(frozen=True)
@@ -80,21 +82,15 @@ class _Layer:
             scale = _stored(torch.maximum(-low, high) / (scheme.zero_code - (1.0 if scheme.range == "textbook" else 0.5)), scheme)
         return scale, torch.full_like(scale, float(scheme.zero_code))
 
-    def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """code, [rows, groups, group], float and differentiable."""
-        code = _straight(self.W / scale.unsqueeze(-1) + self.V, torch.round) + zero.unsqueeze(-1)
-        return code.clamp(0, self.scheme.max_code)
-
     def decoded(self) -> Tensor:
         """The weight that the codes stand for [out, in], differentiable."""
-        scale, zero = self.grid()
-        values = (self.codes(scale, zero) - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+        values = _Values.apply(self.V, *self.grid(), self.W, self.scheme.max_code)
         return values.reshape(values.shape[0], -1)[:, : self.shape[1]] if self.scheme.block != (-1, -1) else values.view(self.shape)
 
     @torch.no_grad()
     def result(self, dtype: str) -> QuantizedTensor:
         scale, zero = self.grid()
-        codes = self.codes(scale, zero).to(torch.uint8)
+        codes = (torch.round(self.W / scale.unsqueeze(-1) + self.V) + zero.unsqueeze(-1)).clamp(0, self.scheme.max_code).to(torch.uint8)
         codes = codes.reshape(codes.shape[0], -1)[:, : self.shape[1]] if self.scheme.block != (-1, -1) else codes.view(self.shape)
         return integer.from_codes(codes.contiguous(), scale, None if self.scheme.symmetric else zero, self.scheme, dtype)
 
@@ -133,6 +129,43 @@ def autoround(weights: dict[str, Tensor], schemes: dict[str, Scheme], task: Task
         for parameter, kept in zip(parameters, best, strict=True):
             parameter.copy_(kept)
     return {name: layer.result(str(weights[name].dtype).removeprefix("torch.")) for name, layer in layers.items()}, first, least
+
+
+class _Values(torch.autograd.Function):
+    """(clip(round(W / s + V) + z, 0, max) - z) s, gradients straight through the rounding; V, W [rows, groups, group], s, z [rows, groups]. Some rows at a time, so that what lies between
+    stays in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, V: Tensor, scale: Tensor, zero: Tensor, W: Tensor, max_code: int) -> Tensor:
+        ctx.save_for_backward(V, scale, zero, W)
+        ctx.max_code = max_code
+        values = torch.empty_like(W)
+        for rows in _chunks(W):
+            s, z = scale[rows].unsqueeze(-1), zero[rows].unsqueeze(-1)
+            q = torch.div(W[rows], s, out=values[rows]).add_(V[rows]).round_()
+            q.add_(z).clamp_(0, max_code).sub_(z).mul_(s)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        V, scale, zero, W = ctx.saved_tensors
+        to_V, to_scale, to_zero = torch.empty_like(V), torch.empty_like(scale), torch.empty_like(zero)
+        for rows in _chunks(W):
+            s, z, g = scale[rows].unsqueeze(-1), zero[rows].unsqueeze(-1), gradient[rows]
+            exact = W[rows] / s
+            rounded = (exact + V[rows]).round_()
+            q = rounded.add(z).clamp_(0, ctx.max_code).sub_(z)
+            clipped = q != rounded
+            to_scale[rows] = q.sub_(exact.masked_fill_(clipped, 0)).mul_(g).sum(-1)
+            scaled = torch.mul(g, s)
+            to_zero[rows] = -(scaled * clipped).sum(-1)
+            to_V[rows] = scaled.masked_fill_(clipped, 0)
+        return to_V, to_scale, to_zero, None, None
+
+
+def _chunks(W: Tensor) -> list[slice]:
+    step = max(1, CHUNK // W[0].numel())
+    return [slice(start, start + step) for start in range(0, len(W), step)]
 
 
 def _straight(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

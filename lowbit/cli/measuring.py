@@ -44,6 +44,10 @@ def compare(
     from ..pipeline.evaluate import compare as run
     from .console import BarProgress
 
+    if card:
+        from ..pipeline.card import refuse_unwritable
+
+        refuse_unwritable([name for name in models if name != against])
     comparison = run(
         models, against=against, text=text, ctx=ctx, n_windows=windows, dtype=dtype, device=device, noise_floor=noise_floor, kv_bits=kv_bits, seed=seed, progress=BarProgress(quiet=as_json)
     )
@@ -52,7 +56,8 @@ def compare(
         from ..pipeline.card import measured_table, write_measured
 
         for name, row in zip(models, comparison.rows[1:], strict=True):
-            write_measured(Path(name), measured_table(comparison, row))
+            if name != against:  # the original's own card stays as it is
+                write_measured(Path(name), measured_table(comparison, row))
 
 
 def evaluate(

@@ -94,8 +94,7 @@ def affine(qt: QuantizedTensor, parameters: Mapping[str, Tensor] | None = None) 
             raise FormatError("groups that are not of neighbouring columns (GPTQ's act-order) cannot be trained. Quantize without act-order.")
         scale = given.get("scale", qt.parts["scale"].float())
         shift = float(scheme.zero_code) if scheme.symmetric else given.get("zero_point", qt.parts["zero_point"].float())
-        whole = scheme.block == (-1, -1) or scheme.block[0] > 1
-        return Affine(*(_per_group(value, scheme) if whole and isinstance(value, Tensor) else value for value in (scale, shift)), None, 0.0, float(scheme.max_code))
+        return Affine(_per_group(scale, scheme), _per_group(shift, scheme) if isinstance(shift, Tensor) else shift, None, 0.0, float(scheme.max_code))
     if scheme.format in ggml.BLOCK_TYPES:
         return _ggml(qt, given)
     if scheme.format in codebook.CODES:
@@ -111,7 +110,8 @@ def affine(qt: QuantizedTensor, parameters: Mapping[str, Tensor] | None = None) 
 
 
 def _per_group(value: Tensor, scheme: Scheme) -> Tensor:
-    return value.reshape(-1, 1) if scheme.block[0] > 1 else value.reshape(1, 1)
+    """Stored scales or zero-points as grouped has the groups."""
+    return value.reshape(-1, 1) if scheme.block[0] > 1 else value
 
 
 def _ggml(qt: QuantizedTensor, given: Mapping[str, Tensor]) -> Affine:

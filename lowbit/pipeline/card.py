@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoints import Checkpoint, gguf, open_checkpoint
@@ -101,12 +101,18 @@ def _notes(provenance: Mapping) -> str:
     return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
 
 
+def refuse_unwritable(names: Sequence[str]) -> None:
+    """Raise RecipeError before the work where write_measured could not write later."""
+    for name in names:
+        if not Path(name).exists():
+            raise RecipeError(f"{name} is no folder or file here, and a card is written beside the weights. Leave --card out, or measure a copy on this machine.")
+
+
 def write_measured(output: Path, table: str) -> Path:
     """Put a table of what was measured into the card of an output, in the place of what stood there; returns the card."""
     path = card_path(output, output.is_file())
     if not path.is_file():
-        if not output.exists():
-            raise RecipeError(f"{output} is no folder or file here, and a card is written beside the weights. Leave --card out, or measure a copy on this machine.")
+        refuse_unwritable([str(output)])
         write_card(output, base=output.name)
     text = read_text(path)
     before, begin, rest = text.partition(BEGIN)

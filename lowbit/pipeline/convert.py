@@ -12,7 +12,7 @@ import torch
 
 from .. import numerics
 from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
-from ..checkpoints.gguf import supported, write_tokenizer
+from ..checkpoints.gguf import open_file, supported, write_tokenizer
 from ..errors import FormatError, JobError, RecipeError, ShapeError
 from ..models import skeleton as sk
 from ..models.arch import ROUTERS
@@ -23,6 +23,7 @@ from ..scheme import INT, Rounding, Scheme
 from ..tensor import QuantizedTensor
 from . import recipes, resources
 from .card import base_of
+from .job import temporary
 from .locate import base_name, locate
 from .output import as_stored_dense, checked, readable_errors, refuse_own_input, rounded_record, shard_bytes_of, with_rounded, write
 
@@ -116,8 +117,10 @@ def convert(
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output), _hinted():
         if checkpoint.kind == "gguf" and target_name != "gguf":
             checkpoint = replace(checkpoint, files=write_tokenizer(checkpoint.path, Path(scratch)))
-        write(checkpoint, target_name, output, progress, overwrite=overwrite, base=base_of(located) or base_name(path, located), shard_bytes=shard_bytes)
-    return _compared(source, output, skeleton, set(around) if outside is not None else set(), requantize is not None, notes, progress)
+        found: list[Conversion] = []
+        compare = lambda: found.append(_compared(source, output, skeleton, set(around) if outside is not None else set(), requantize is not None, notes, progress))
+        write(checkpoint, target_name, output, progress, overwrite=overwrite, base=base_of(located) or base_name(path, located), shard_bytes=shard_bytes, whole=compare)
+    return found[0]
 
 
 def _unsaid(checkpoint: Checkpoint, target_name: str) -> list[str]:
@@ -144,8 +147,9 @@ def _hinted() -> Iterator[None]:
 
 
 def _compared(source: Checkpoint, output: Path, skeleton: sk.Skeleton, skipped: set[str], rounded: bool, notes: list[str], progress: Progress) -> Conversion:
-    """Decode the matrices of both files and compare."""
-    made = sk.build(open_checkpoint(output)).checkpoint
+    """Decode the matrices of both files and compare; what was made still has its temporary name."""
+    draft = temporary(output)
+    made = sk.build(open_file(draft) if draft.is_file() else open_checkpoint(draft)).checkpoint
     transposed = {linear.name for index in range(len(skeleton.blocks)) for linear in find_linears(skeleton, index) if linear.transposed and linear.expert is None}
     names = [name for name in source.quantized if name not in skipped]
     exact, largest, errors = 0, 0.0, []
@@ -161,12 +165,12 @@ def _compared(source: Checkpoint, output: Path, skeleton: sk.Skeleton, skipped: 
             if torch.equal(before, after):
                 exact += 1
             else:
-                largest = max(largest, float((before - after).abs().max() / before.abs().max().clamp(min=1e-30)))
+                largest = max(float((before - after).abs().max() / before.abs().max().clamp(min=1e-30)), largest)  # in this order NaN stays
             if rounded:
                 errors.append(float((before - after).square().sum() / before.square().sum().clamp(min=1e-30)))
             advance(1)
-    if not rounded and largest > ALLOWED:
-        raise FormatError(f"{output} was written, but its values differ from the original's by {largest:.2g} of a matrix's largest; please report this.")
+    if not rounded and not largest <= ALLOWED:
+        raise FormatError(f"what was made of it differs from the original by {largest:.2g} of a matrix's largest; it was not kept. Please report this.")
     return Conversion(output, len(names), exact, largest, sum(errors) / len(errors) if errors else None, tuple(notes))
 
 

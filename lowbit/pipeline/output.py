@@ -72,10 +72,10 @@ def write(
             card = card_of(draft, base=base)
             if folder:
                 write_text(card_path(draft, False), card)
+            whole()
         except BaseException:
             _delete(draft)
             raise
-    whole()
     aside = overwrite and output.exists() and (output.is_dir() or draft.is_dir())  # a file replaces a file in one step
     if aside:
         _delete(old)

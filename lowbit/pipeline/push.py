@@ -40,7 +40,7 @@ def push(path: str | Path, repository: str, *, private: bool = False, message: s
     planned = Upload(repository, private, tuple((name, file, file.stat().st_size) for name, file in _files(source)))
     if dry_run:
         return planned
-    return Upload(repository, private, planned.files, _upload(planned, message or f"Upload {source.name}, quantized with lowbit"))
+    return Upload(repository, private, planned.files, _upload(planned, message or f"Upload {source.name} with lowbit"))
 
 
 def _files(source: Path) -> list[tuple[str, Path]]:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -92,10 +92,16 @@ def verify(path: str | Path, *, python: str | None = None, write: bool = True, p
     """
     located = locate(path, progress=progress)
     checkpoint = open_checkpoint(located)
+    said: list[str] = []
+    if checkpoint.kind == "safetensors" and checkpoint.activations:
+        checkpoint = replace(checkpoint, activations={})
+        said.append("This folder's dense weights are meant for rounded inputs, which lowbit.load rounds and transformers does not: compared is the model without that rounding.")
     skeleton = sk.build(checkpoint)
     consumer = consumer_of(checkpoint)
     tensors = _check_structure(skeleton.checkpoint, progress)
-    found = _Findings(notes=[f"{len(skeleton.unused)} tensors are of no use to {type(skeleton.model).__name__}, e.g. {skeleton.unused[0]}."] if skeleton.unused else [])
+    if skeleton.unused:
+        said.append(f"{len(skeleton.unused)} tensors are of no use to {type(skeleton.model).__name__}, e.g. {skeleton.unused[0]}.")
+    found = _Findings(notes=said)
     missing = _missing(consumer, python)
     if missing:
         found.failed_to_run = True

@@ -165,7 +165,8 @@ def bitnet(
             write_output(as_gguf(made, gguf_type), "gguf", files["gguf"], progress, overwrite=overwrite, base=base)
         write_output(made, "safetensors" if scheme is None else "bitnet", path, progress, overwrite=overwrite, base=base)
     shutil.rmtree(folder)
-    return Trained(path, curve, time.monotonic() - began, provenance)
+    seconds = time.monotonic() - began
+    return Trained(path, curve, seconds, {"end": seconds}, provenance)
 
 
 # ---------------------------------------------------------------------------------------------------------------- before work
@@ -311,7 +312,7 @@ def _train(
             "dataloader_pin_memory": False, "dataloader_drop_last": True, **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}), **more,
         }
     )  # fmt: skip
-    report = Report(progress, None)
+    report = Report(progress)
     trainer = BitNetTrainer(
         model=student, args=arguments, train_dataset=train, eval_dataset=held, teacher=teacher, loss=options.loss, lr_scales=0.0, held_out=torch.stack([held.row(i) for i in range(len(held))]),
         rate=partial(options.rate, steps=steps), callbacks=[_Stages(student, options, steps), report],

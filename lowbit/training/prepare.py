@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ..pipeline.recipes import LayerPlan
 from ..recipe import Recipe
 from ..scheme import CASTS
 from ..stats import LayerStats
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, matrix_shape
 from .modules import ActView, FakeQuantEmbedding, FakeQuantLinear
 from .views import View
 
@@ -41,7 +42,7 @@ def prepare(
     draft = recipes.parse(recipe, target_name=target_name)
     settled, _ = recipes.settle(draft, {f"{name}.weight": (m.out_features, m.in_features) for name, m in linears.items()}, _dtype_name(model))
     shapes = {f"{name}.weight": (m.out_features, m.in_features) for name, m in linears.items()}
-    plans = recipes.resolve(settled, shapes, {f"{name}.weight": tuple(m.weight.shape) for name, m in outside.items()}, model.config.to_dict())
+    plans = recipes.resolve(settled, shapes, {f"{name}.weight": matrix_shape(m.weight.shape) for name, m in outside.items()}, model.config.to_dict())
     tied = _tied_head(model)
     views: dict[int, tuple[nn.Parameter, View]] = {}
     for parameter, plan in plans.items():
@@ -69,8 +70,10 @@ def matrices(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict[str, nn
         if sk.is_experts(module):
             raise ModelError(f"{name}: experts in one tensor cannot be trained yet. Models without experts can.")
     linears = {name: module for name, module in inside.items() if isinstance(module, nn.Linear)}
+    embedding: Any
+    head: Any
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = {name: module for name, module in model.named_modules() if module is embedding or (module is head and head.weight is not embedding.weight)}
+    ends: dict[str, Any] = {name: module for name, module in model.named_modules() if module is embedding or (module is head and head.weight is not embedding.weight)}
     return linears, ends
 
 

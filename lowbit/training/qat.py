@@ -35,10 +35,12 @@ from ..pipeline.selfgen import load_model, self_texts
 from ..progress import SILENT, Progress
 from ..recipe import Calibration, Recipe
 from .blockwise import BlockOptions, Blockwise, load_masters
+from .losses import divergence
 from .prepare import prepare
 from .save import as_checkpoint
 
 PHASES = ("blocks", "end")
+STEP_SHARE = 1.15  # of a step with optimizer, measurements and checkpoints, to one without
 HELD_OUT = 8  # windows of the data that are measured and not trained on
 
 
@@ -46,7 +48,7 @@ HELD_OUT = 8  # windows of the data that are measured and not trained on
 class QatOptions:
     """phases: "blocks" (block by block), "end" (end to end) or both. start_samples: calibration windows of the start and of the block phase.
 
-    steps or minutes: how long end to end (None: one pass over the data). batch: windows in a step; micro: of them at once. loss: share of cross-entropy (0: KL to the original alone).
+    steps or minutes: how long end to end (None: one pass over the data; minutes: as many steps as two timed ones let expect). batch: windows in a step; micro: of them at once. loss: share of cross-entropy (0: KL to the original alone).
     train: "all" weights, or "scales" (with norms). lr, lr_scales: of weights and scales; warmup: share of the steps. scales: see views.View.
     """
 
@@ -80,11 +82,12 @@ class QatOptions:
 
 @dataclass(frozen=True)
 class Trained:
-    """What qat made. curve: (step, held-out KL), the start first. provenance as in quantize."""
+    """What qat (or bitnet) made. curve: (step, held-out KL or loss), the start first. seconds: in all, of start and block phase together, and end to end. provenance as in quantize."""
 
     path: Path
     curve: list[tuple[int, float]]
     seconds: float
+    phase_seconds: dict[str, float]
     provenance: dict = field(default_factory=dict)
 
 
@@ -130,12 +133,14 @@ def qat(
                 located, draft.recipe, folder / "start", target_name=None, calibration=data, n_samples=options.start_samples, seq_len=options.seq_len, device=device, dtype=dtype,
                 seed=seed, resume=(folder / "start.work").exists(), refinement=refinement, progress=progress,
             )  # fmt: skip
+        begun = time.monotonic()
         made, curve = (_end_to_end(located, folder, options, data, seed, place, compute, trainer or {}, progress)) if "end" in options.phases else (open_checkpoint(folder / "start"), [])
         provenance = {**open_checkpoint(folder / "start").provenance, "training": {**asdict(options), "curve": curve, "lowbit": __version__, "transformers": transformers.__version__}}
         made = replace(made, provenance=provenance)
         write_output(made, draft.recipe.target, path, progress, overwrite=overwrite, base=base_name(model, located))
     shutil.rmtree(folder)
-    return Trained(path, curve, time.monotonic() - started, provenance)
+    ended = time.monotonic()
+    return Trained(path, curve, ended - started, {"start": begun - started, "end": ended - begun}, provenance)
 
 
 def claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
@@ -171,7 +176,7 @@ def data_windows(located: Path, data: str, options: QatOptions, seed: int, progr
 def _end_to_end(located: Path, folder: Path, options: QatOptions, data: str, seed: int, place: torch.device, compute: torch.dtype, more: dict, progress: Progress):
     from transformers import TrainingArguments
 
-    from .trainer import DistillationTrainer, Rows
+    from .trainer import DistillationTrainer, Rows, last_checkpoint
 
     windows = data_windows(located, data, options, seed, progress)
     start, source = open_checkpoint(folder / "start"), open_checkpoint(located)
@@ -188,7 +193,7 @@ def _end_to_end(located: Path, folder: Path, options: QatOptions, data: str, see
         parameter.requires_grad_(options.train == "all" or ".view." in name or parameter.ndim < 2)
     teacher = load_model(skeleton, compute, place)
     train, held = windows.ids[:-HELD_OUT], windows.ids[-HELD_OUT:]
-    steps = options.steps or max(1, len(train) // options.batch)
+    steps = _steps(student, teacher, train, options, compute, folder)
     arguments = TrainingArguments(
         **{
             "output_dir": str(folder / "steps"), "max_steps": steps, "per_device_train_batch_size": options.micro, "gradient_accumulation_steps": options.batch // options.micro,
@@ -200,14 +205,35 @@ def _end_to_end(located: Path, folder: Path, options: QatOptions, data: str, see
     )  # fmt: skip
     trainer = DistillationTrainer(
         model=student, args=arguments, train_dataset=Rows(train), eval_dataset=Rows(held), teacher=teacher, loss=options.loss, lr_scales=options.lr_scales, held_out=held,
-        callbacks=[Report(progress, options.minutes)],
+        callbacks=[Report(progress)],
     )  # fmt: skip
-    last = transformers.trainer_utils.get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
+    last = last_checkpoint(folder / "steps")
     first = None if last else trainer.evaluate()["eval_kl"]
     trainer.train(resume_from_checkpoint=last)
     history = [(int(entry["step"]), float(entry["eval_kl"])) for entry in trainer.state.log_history if "eval_kl" in entry]
     curve = [(0, first), *[pair for pair in history if pair[0]]] if first is not None else history
     return as_checkpoint(student, source, {}), curve
+
+
+def _steps(student: nn.Module, teacher: nn.Module, train: torch.Tensor, options: QatOptions, compute: torch.dtype, folder: Path) -> int:
+    """How many steps end to end: as many as asked for, one pass over the data, or what two of them, timed, say of the minutes. Settled once, so that a resumed training has the same."""
+    if options.steps is not None or options.minutes is None:
+        return options.steps or max(1, len(train) // options.batch)
+    file = folder / "steps.json"
+    if not file.exists():
+        clock = []
+        for _ in range(2):
+            started = time.monotonic()
+            for ids in train[: options.batch].to(next(student.parameters()).device).split(options.micro):
+                with torch.autocast(ids.device.type, compute, enabled=compute != torch.float32):
+                    with torch.no_grad():
+                        goal = teacher(input_ids=ids, use_cache=False).logits
+                    loss = divergence(student(input_ids=ids, use_cache=False).logits, goal)
+                loss.backward()
+            student.zero_grad(set_to_none=True)
+            clock.append(time.monotonic() - started)
+        write_text(file, json.dumps({"steps": max(1, int(60 * options.minutes / (STEP_SHARE * clock[-1])))}) + "\n")
+    return int(read_json(file)["steps"])
 
 
 def recipe_of(provenance: dict) -> Recipe:
@@ -228,10 +254,10 @@ def _with_training_dtype(model: nn.Module) -> Any:
 
 
 class Report(transformers.TrainerCallback):
-    """Progress, and the end of the time."""
+    """Progress for whoever draws it."""
 
-    def __init__(self, progress: Progress, minutes: float | None) -> None:
-        self.progress, self.limit, self.began = progress, minutes, time.monotonic()
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
         self._step: Any = None
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
@@ -241,8 +267,6 @@ class Report(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         self._advance(1)
-        if self.limit is not None and time.monotonic() - self.began > 60 * self.limit:
-            control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_train_end(self, args, state, control, **_: Any) -> None:
         self.close()
@@ -252,4 +276,3 @@ class Report(transformers.TrainerCallback):
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
-

@@ -45,7 +45,7 @@ class DistillationTrainer(Trainer):
         try:
             output = model(input_ids=ids, use_cache=False)
         except FormatError as error:  # an input or a weight that cannot be rounded
-            raise self._stopped(ids) from error
+            raise self._stopped(model, ids) from error
         logits = output.logits
         total = logits.new_zeros((), dtype=torch.float32)
         if self.share < 1:
@@ -55,15 +55,16 @@ class DistillationTrainer(Trainer):
         if self.share > 0:
             total = total + self.share * cross_entropy(logits, ids)
         if not bool(torch.isfinite(total)):
-            raise self._stopped(ids)
+            raise self._stopped(model, ids)
         return (total, output) if return_outputs else total
 
-    def _stopped(self, ids: Tensor) -> ModelError:
-        return ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(self.model, ids)}. Lower the learning rate, or compute in float32 (--dtype float32).")
+    def _stopped(self, model: nn.Module, ids: Tensor) -> ModelError:
+        return ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(model, ids)}. Lower the learning rate, or compute in float32 (--dtype float32).")
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """Weights and the rest at args.learning_rate, scales and zero-points at lr_scales; nothing decays but the masters, if asked for."""
         if self.optimizer is None:
+            assert self.model is not None
             views = {id(p) for module in self.model.modules() if isinstance(module, FakeQuantLinear | FakeQuantEmbedding) for p in module.view.parameters()}
             trained = [p for p in self.model.parameters() if p.requires_grad]
             groups = [
@@ -76,16 +77,18 @@ class DistillationTrainer(Trainer):
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Mean KL to the original on the held-out windows."""
-        was = self.model.training
-        self.model.eval()
+        model: Any = self.model
+        was = model.training
+        model.eval()
+        teacher: Any = self.teacher
         total, count = 0.0, 0
         with torch.no_grad(), self.compute_loss_context_manager():
             for ids in self.held_out.to(self.args.device).split(1):
                 half = slice(ids.shape[1] // 2, ids.shape[1] - 1)
-                mine = self.model(input_ids=ids, use_cache=False).logits[:, half]
-                total += float(divergence(mine, self.teacher(input_ids=ids, use_cache=False).logits[:, half]))
+                mine = model(input_ids=ids, use_cache=False).logits[:, half]
+                total += float(divergence(mine, teacher(input_ids=ids, use_cache=False).logits[:, half]))
                 count += 1
-        self.model.train(was)
+        model.train(was)
         found = {f"{metric_key_prefix}_kl": total / max(1, count)}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
@@ -112,8 +115,9 @@ def first_bad(model: nn.Module, ids: Tensor) -> str:
             return f"{name} holds NaN or infinity"
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return f"the gradient of {name} is not finite"
-    with_nan = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]
-    for name, module in with_nan:
+    for name, module in model.named_modules():
+        if not isinstance(module, FakeQuantLinear):
+            continue
         try:
             finite = bool(torch.isfinite(module.view(module.weight)).all())
         except FormatError:
