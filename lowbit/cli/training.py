@@ -140,9 +140,8 @@ def bitnet(
     prepare(threads)
     from dataclasses import replace
 
-    from ..checkpoints.safetensors import read_json
     from ..errors import RecipeError
-    from ..training.bitnet import PHASED, BitNetOptions
+    from ..training.bitnet import PHASED, BitNetOptions, configuration
     from ..training.bitnet import bitnet as run
 
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads, "vocab_size": vocab}
@@ -158,7 +157,7 @@ def bitnet(
     )  # fmt: skip
     try:
         made = run(
-            output, data=data, model=model, config=None if model is not None else {**(read_json(config) if config else {}), **sizes}, options=options, gguf_type=gguf, dtype=dtype, device=device,
+            output, data=data, model=model, config=None if model is not None else configuration(config, sizes), options=options, gguf_type=gguf, dtype=dtype, device=device,
             seed=seed, resume=resume, overwrite=overwrite, trainer={"report_to": [log_to]} if log_to else {}, progress=BarProgress(quiet=as_json),
         )  # fmt: skip
     except KeyboardInterrupt:

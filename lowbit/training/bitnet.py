@@ -144,11 +144,11 @@ def bitnet(
         raise missing_extra("accelerate", "train", purpose="training") from None
     began, path = time.monotonic(), Path(output)
     options = options or (PHASED if model is not None else BitNetOptions())
-    plan = _from_model(locate(model, progress=progress), config) if model is not None else _from_scratch(config, options)
+    plan = _from_model(locate(model, progress=progress), config) if model is not None else _from_scratch(config)
     _refuse(plan, options, path, gguf_type, progress)
     files = {"folder": path, **({"gguf": _gguf_path(path)} if gguf_type else {})}
     for file in files.values():
-        refuse_existing(file, resume=resume, overwrite=overwrite)
+        refuse_existing(file, resume=resume, overwrite=overwrite or (resume and file.suffix == ".gguf"))  # a file that was written before the process ended
     place = resources.choose_device(device)
     compute = resources.choose_dtype(dtype, place)
     folder = path.with_name(path.name + ".train")
@@ -156,13 +156,13 @@ def bitnet(
     with readable_errors(path):
         claim(folder, json.loads(json.dumps(key)), resume=resume, overwrite=overwrite)
         start = plan.folder or _begin(folder / "start", plan.config, data, seed)
-        scheme = None if options.weights == "full" else scheme_of(options.weights, "float16" if gguf_type else "float32")
+        scheme = None if options.weights == "full" else scheme_of(options.weights, _scale_dtype(plan.config, gguf_type))
         made, curve = _train(start, folder, scheme, options, data, seed, place, compute, plan.folder is not None, trainer or {}, progress)
         provenance = {"lowbit": __version__, "recipe": {"name": "bitnet"}, "training": {**asdict(options), "seed": seed, "curve": curve, "transformers": transformers.__version__}}
         made = replace(made, provenance={"lowbit": __version__, "training": provenance["training"]} if scheme is None else provenance)
         base = path.name if model is None else base_name(model, start)
         if gguf_type:
-            write_output(as_gguf(made, gguf_type), "gguf", files["gguf"], progress, overwrite=overwrite, base=base)
+            write_output(as_gguf(made, gguf_type), "gguf", files["gguf"], progress, overwrite=overwrite or resume, base=base)
         write_output(made, "safetensors" if scheme is None else "bitnet", path, progress, overwrite=overwrite, base=base)
     shutil.rmtree(folder)
     seconds = time.monotonic() - began
@@ -182,12 +182,12 @@ class _Plan:
     folder: Path | None = None
 
 
-def _from_scratch(given: Mapping[str, Any] | str | Path | None, options: BitNetOptions) -> _Plan:
-    values = {**SMALL, **(read_json(Path(given)) if isinstance(given, str | Path) else given or {})}
+def _from_scratch(given: Mapping[str, Any] | str | Path | None) -> _Plan:
+    values = configuration(given)
     if values.pop("model_type", "bitnet") != "bitnet":
         raise RecipeError("the configuration is of another model_type than bitnet, whose blocks have a norm before every linear layer. Train other models from an existing one.")
     known = transformers.BitNetConfig().to_dict()
-    if unknown := sorted(key for key in values if key not in known and key not in ("rope_theta", "head_dim", "architectures")):
+    if unknown := sorted(key for key in values if key not in known and key not in ("rope_theta", "rope_scaling", "head_dim", "architectures")):
         raise RecipeError(f"the configuration has {', '.join(unknown)}, which transformers' BitNetConfig does not know.")
     try:
         config = transformers.BitNetConfig(**{**values, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None})
@@ -196,10 +196,19 @@ def _from_scratch(given: Mapping[str, Any] | str | Path | None, options: BitNetO
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
     except Exception as error:  # the library raises many kinds for values that make no model
         raise RecipeError(f"transformers makes no BitNet model of this configuration: {' '.join(str(error).split())}") from error
-    if config.max_position_embeddings < options.seq_len:
-        raise RecipeError(f"the configuration holds {config.max_position_embeddings} positions, and windows have {options.seq_len} tokens. Give a smaller --seq-len.")
     full = {**config.to_dict(), "architectures": ["BitNetForCausalLM"], "dtype": "float32"}
     return _Plan(full, _shapes(model), full)
+
+
+def configuration(given: Mapping[str, Any] | str | Path | None, sizes: Mapping[str, Any] | None = None) -> dict:
+    """Values of a configuration: those given and, for the others, SMALL; of a JSON file the class's own defaults. sizes change them."""
+    if isinstance(given, str | Path):
+        found, base = read_json(Path(given)), transformers.BitNetConfig().to_dict()
+    else:
+        found, base = dict(given or {}), SMALL
+    ropes = ("rope_parameters", "rope_theta", "rope_scaling")
+    kept = {key: value for key, value in base.items() if not (key in ropes and any(rope in found for rope in ropes))}
+    return {**kept, **found, **(sizes or {})}
 
 
 def _from_model(path: Path, config: object) -> _Plan:
@@ -219,6 +228,8 @@ def _refuse(plan: _Plan, options: BitNetOptions, path: Path, gguf_type: str | No
         raise RecipeError(f"-o {path} names a file; expected a new folder. With --gguf tq2_0 (or tq1_0) a GGUF file is written beside it.")
     if plan.folder is not None:
         refuse_own_input(path, plan.folder)
+    if (most := plan.config.get("max_position_embeddings")) and most < options.seq_len:
+        raise RecipeError(f"the configuration holds {most} positions, and windows have {options.seq_len} tokens. Give a smaller --seq-len.")
     if plan.folder is None and options.loss < 1:
         raise RecipeError(f"loss is {options.loss}, and from scratch there is no original to distil from; expected 1, cross-entropy alone.")
     if options.weights == "full":
@@ -243,8 +254,15 @@ def _gguf_path(path: Path) -> Path:
     return path.with_name(path.name + ".gguf")
 
 
+def _scale_dtype(config: Mapping, gguf_type: str | None) -> str:
+    """That of the model, in which transformers keeps scales; with a GGUF one whose numbers float16 holds."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    dtype = named if named in layout.FLOATS.values() else "float32"
+    return "float16" if gguf_type and dtype == "float32" else dtype
+
+
 def scheme_of(weights: str, scale_dtype: str = "float32") -> Scheme:
-    """The number format of every matrix; scales of float16 are what a GGUF holds."""
+    """The number format of every matrix."""
     return Scheme(weights, numerics.ternary.KINDS[weights].bits, (-1, -1), scale_dtype=scale_dtype, act=layout.ACT)
 
 
@@ -403,20 +421,23 @@ def _ternary(entry: LazyQuantized) -> LazyQuantized:
 
 
 def as_gguf(checkpoint: Checkpoint, type_name: str) -> Checkpoint:
-    """A checkpoint of ternary matrices with one float16 scale each as one of blocks of a ggml type; inputs are rounded as llama.cpp does (8 bits for 256 of them)."""
+    """A checkpoint of ternary matrices, with one scale each that float16 holds, as one of blocks of a ggml type; inputs are rounded as llama.cpp does (8 bits for 256 of them)."""
     return replace(checkpoint, quantized={name: _blocks(entry, type_name) for name, entry in checkpoint.quantized.items()}, activations={})
 
 
 def _blocks(entry: LazyQuantized, type_name: str) -> LazyQuantized:
     scheme, shape = ggml.scheme(type_name), entry.shape
-    if entry.scheme.format != "ternary" or entry.scheme.block != (-1, -1) or entry.scheme.scale_dtype != "float16":
-        raise CheckpointError(f"{entry.scheme.name} with scales of {entry.scheme.scale_dtype} does not go into {type_name} unchanged; ternary weights with one float16 scale do.")
+    if entry.scheme.format != "ternary" or entry.scheme.block != (-1, -1):
+        raise CheckpointError(f"{entry.scheme.name} does not go into {type_name} unchanged; ternary weights with one scale do.")
 
     def load() -> QuantizedTensor:
         qt = entry.load()
+        scale = qt.parts["scale"].float()
+        if not torch.equal(scale.half().float(), scale):
+            raise CheckpointError(f"a scale is {float(scale)}, which {type_name} cannot hold: it has float16. Train with --gguf, which keeps to such scales.")
         count, kind = shape[1] // ggml.BLOCK_TYPES[type_name].block_size, ggml.BLOCK_TYPES[type_name]
         bare = QuantizedTensor(scheme, shape, qt.dtype, {"blocks": torch.zeros(shape[0], count * kind.block_bytes, dtype=torch.uint8)})
-        scaled = affine.with_parameters(bare, {"d": qt.parts["scale"].float().expand(shape[0], count)})
+        scaled = affine.with_parameters(bare, {"d": scale.expand(shape[0], count)})
         return affine.with_codes(scaled, qt.parts["codes"].float() - 1)
 
     return LazyQuantized(scheme, shape, entry.dtype, load, numerics.nbytes(scheme, shape))

@@ -17,8 +17,9 @@ from lowbit.checkpoints import bitnet as layout
 from lowbit.errors import DataError, JobError, LowbitError, ModelError, RecipeError
 from lowbit.models import skeleton as sk
 from lowbit.pipeline.selfgen import load_model
+from lowbit.pipeline.verify import verify
 from lowbit.scheme import Rounding
-from lowbit.training.bitnet import PHASED, SMALL, BitNetOptions, BitNetTrainer, _ternary, as_gguf, bitnet, fake_quantize, scheme_of, set_phase
+from lowbit.training.bitnet import PHASED, SMALL, BitNetOptions, BitNetTrainer, _ternary, as_gguf, bitnet, configuration, fake_quantize, scheme_of, set_phase
 from lowbit.training.losses import divergence
 from lowbit.training.modules import ActView, FakeQuantLinear
 from lowbit.training.save import as_checkpoint
@@ -166,10 +167,6 @@ def test_transformers_writes_the_same_text(trained):
 @pytest.mark.consumer
 def test_llama_cpp_predicts_alike(trained):
     pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp) is not installed")
-    from lowbit.pipeline import llama_cpp
-    from lowbit.pipeline.verify import verify
-
-    assert llama_cpp.version()
     found = verify(trained.path.with_name("out.gguf"))
     assert found.verdict == "passed" and found.kl is not None and found.kl < 0.01
 
@@ -237,6 +234,26 @@ def test_an_existing_model_is_distilled(tmp_path, text_file, save_model):
         goal = original(ids).logits[:, scored]
         before, after = (float(divergence(model(ids).logits[:, scored], goal)) for model in (begun, lowbit.load(tmp_path / "out", dtype="float32")))
     assert after == pytest.approx(min(kl for _, kl in made.curve), rel=1e-3) and after < 0.6 * before
+
+
+@pytest.mark.consumer
+def test_both_programs_compute_what_was_made_of_an_existing_model(tmp_path, text_file, save_model):
+    pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp) is not installed")
+    source = save_model("llama", tmp_path / "model", dtype=torch.bfloat16, hidden_size=256, intermediate_size=256, num_hidden_layers=2, initializer_range=0.02)
+    options = BitNetOptions(steps=4, batch=2, seq_len=32, eval_every=4, held_out=4, phase_in=0.5, loss=0.5)
+    bitnet(tmp_path / "out", data=str(text_file), model=source, options=options, gguf_type="tq1_0", device="cpu")
+    folder, file = verify(tmp_path / "out"), verify(tmp_path / "out.gguf")
+    assert (folder.verdict, file.verdict) == ("passed", "passed") and file.kl < 0.01
+    ours, theirs = (open_checkpoint(path).quantized for path in (tmp_path / "out", tmp_path / "out.gguf"))
+    for name in ours.keys() - {name for name in ours if "q_proj" in name or "k_proj" in name}:
+        assert torch.equal(numerics.dequantize(ours[name].load()), numerics.dequantize(theirs[name].load())), name
+
+
+def test_a_file_of_a_configuration_has_the_class_defaults(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"hidden_size": 64, "rope_theta": 20000.0}))
+    found = configuration(tmp_path / "c.json", {"num_hidden_layers": 3})
+    assert (found["hidden_act"], found["hidden_size"], found["num_hidden_layers"], found["rope_theta"]) == ("relu2", 64, 3, 20000.0) and "rope_parameters" not in found
+    assert configuration(None)["hidden_act"] == "silu" and "rope_theta" not in configuration({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}})
 
 
 # ----------------------------------------------------------------------------------------------------------------------- resumed
