@@ -257,7 +257,7 @@ def _gguf_path(path: Path) -> Path:
 def _scale_dtype(config: Mapping, gguf_type: str | None) -> str:
     """That of the model, in which transformers keeps scales; with a GGUF one whose numbers float16 holds."""
     named = config.get("dtype") or config.get("torch_dtype")
-    dtype = named if named in layout.FLOATS.values() else "float32"
+    dtype = str(named) if named in layout.FLOATS.values() else "float32"
     return "float16" if gguf_type and dtype == "float32" else dtype
 
 
