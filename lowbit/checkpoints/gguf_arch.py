@@ -217,6 +217,14 @@ ARCHS: dict[str, Arch] = {
             tied=True,
         ),
         Arch(
+            "bitnet",
+            "bitnet",
+            "BitNetForCausalLM",
+            {**_DECODER, **_MLP, "self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"},
+            fixed={"hidden_act": ("silu",), "attention_bias": (False,), "tie_word_embeddings": (True,)},
+            tied=True,
+        ),
+        Arch(
             "phi3",
             "phi3",
             "Phi3ForCausalLM",
@@ -377,6 +385,8 @@ def _refuse(arch: Arch, config: dict) -> None:
             raise CheckpointError(f"the config says {key} = {config[key]!r}; llama.cpp computes {arch.name} with {allowed[0]!r} and has no setting for it.")
     if arch.name == "smollm3" and [bool(rope) for rope in config["no_rope_layers"]] != [bool((i + 1) % _NO_ROPE_EVERY) for i in range(config["num_hidden_layers"])]:
         raise CheckpointError(f"llama.cpp computes smollm3 without rope in layers {_NO_ROPE_EVERY}, {2 * _NO_ROPE_EVERY}, ...; the config's no_rope_layers are others.")
+    if arch.name == "bitnet" and _head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
+        raise CheckpointError(f"the config says head_dim = {_head_dim(config)}; llama.cpp computes bitnet with hidden_size / num_attention_heads.")
     if arch.name not in _GEMMAS:
         return
     period = _GEMMAS[arch.name][0]

@@ -1,9 +1,9 @@
-"""Commands that train: train qat, train qlora."""
+"""Commands that train: train qat, train qlora, train bitnet."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -154,3 +154,86 @@ def qlora(
     out.print(f"Held-out perplexity: {made.perplexity[0]:.4g} before, {made.perplexity[1]:.4g} after.", highlight=False, soft_wrap=True)
     if made.base is not None:
         out.print(f"The adapter belongs to the base that was made with it: {plain(made.base)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bitnet(
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.", show_default=False)],
+    model: Annotated[str | None, typer.Argument(help="An existing model to begin with (left out: from scratch): a folder, a hub id or a .gguf file.", show_default=False)] = None,
+    data: Annotated[str, typer.Option(help='Text: a .txt or .jsonl file (text or chat), "default" or "dataset:NAME".')] = "default",
+    config: Annotated[Path | None, typer.Option(help="From scratch: a JSON file of transformers' bitnet class; sizes below change it.", show_default=False)] = None,
+    layers: Annotated[int | None, typer.Option(help="From scratch (default 6).", min=1, show_default=False)] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size (default 256).", min=4, show_default=False)] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Size inside the MLP (default 768).", min=4, show_default=False)] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads (default 4).", min=1, show_default=False)] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens of the byte-level BPE that is trained on the text (default 4096).", min=258, show_default=False)] = None,
+    weights: Annotated[str, typer.Option(help="ternary (b1.58), binary, or full: none rounded, a twin to compare with.")] = "ternary",
+    switch_at: Annotated[float | None, typer.Option(help="Share of the steps in full precision first (default 0).", min=0, max=1, show_default=False)] = None,
+    phase_in: Annotated[float | None, typer.Option(help="Share of the steps in which the rounding comes in (default 0; 0.5 of an existing model).", min=0, max=1, show_default=False)] = None,
+    gguf: Annotated[str | None, typer.Option(help="tq1_0 or tq2_0: write OUT.gguf, too.", show_default=False)] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the text (default 5; 1 of an existing model).", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="In place of epochs.", min=1, show_default=False)] = None,
+    batch: Annotated[int, typer.Option(help="Windows in a step.", min=1)] = 16,
+    micro: Annotated[int | None, typer.Option(help="Windows at once (default: all of a step).", min=1, show_default=False)] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 256,
+    lr: Annotated[float | None, typer.Option(help="At the start (default 1.5e-3; 1e-4 of an existing model).", show_default=False)] = None,
+    lr_half: Annotated[float | None, typer.Option(help="Where the first half ends (default 8/15 of --lr).", show_default=False)] = None,
+    lr_second: Annotated[float | None, typer.Option(help="Where the second half begins, which ends at 0 (default a third of --lr).", show_default=False)] = None,
+    weight_decay: Annotated[float, typer.Option(help="In the first half; none in the second.", min=0)] = 0.1,
+    loss: Annotated[float | None, typer.Option(help="Of an existing model: share of cross-entropy (default 0: KL to the original alone).", min=0, max=1, show_default=False)] = None,
+    eval_every: Annotated[int, typer.Option(help="Steps between measurements of the held-out loss; a checkpoint is kept at each.", min=1)] = 100,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")] = False,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard: curves in OUT.train/steps.", show_default=False)] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a BitNet: weights of -1, 0, 1 (or -1, 1) times one scale, inputs of 8 bits; from scratch on a text, or from an existing model, which it is distilled from.
+
+    Written is a folder that transformers loads, with --gguf a file for llama.cpp, too (sizes multiples of 256, SiLU, a tied head).
+
+    Examples:
+
+      lowbit train bitnet --data text.txt -o tiny
+
+      lowbit train bitnet --data text.txt --layers 12 --hidden 512 --intermediate 1536 --heads 8 --switch-at 0.3 --gguf tq2_0 -o small
+
+      lowbit train bitnet ./model --data text.jsonl --steps 500 -o ternary
+    """
+    from .console import BarProgress, out, plain, print_json
+
+    prepare(threads)
+    from dataclasses import replace
+
+    from ..errors import RecipeError
+    from ..training.bitnet import PHASED, BitNetOptions, configuration
+    from ..training.bitnet import bitnet as run
+
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads, "vocab_size": vocab}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    if model is not None and (sizes or config):
+        raise RecipeError("an existing model has its sizes; leave --config, --layers, --hidden, --intermediate, --heads and --vocab out.")
+    given: dict[str, Any] = {"switch_at": switch_at, "phase_in": phase_in, "epochs": epochs, "lr": lr, "loss": loss}
+    if weights == "full":
+        given["phase_in"] = phase_in or 0.0
+    options = replace(
+        PHASED if model is not None else BitNetOptions(), weights=weights, steps=steps, batch=batch, micro=micro, seq_len=seq_len, lr_half=lr_half, lr_second=lr_second, weight_decay=weight_decay,
+        eval_every=eval_every, gradient_checkpointing=gradient_checkpointing, **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+    try:
+        made = run(
+            output, data=data, model=model, config=None if model is not None else configuration(config, sizes), options=options, gguf_type=gguf, dtype=dtype, device=device,
+            seed=seed, resume=resume, overwrite=overwrite, trainer={"report_to": [log_to]} if log_to else {}, progress=BarProgress(quiet=as_json),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        _stopped()
+    if as_json:
+        print_json({"path": str(made.path), "gguf": None if gguf is None else f"{made.path}.gguf", "seconds": made.seconds, "curve": made.curve, **made.provenance})
+        return
+    out.print(f"[bold]{plain(made.path)}[/]  {made.seconds:.0f} s" + ("" if gguf is None else f"  and {plain(made.path)}.gguf"), highlight=False, soft_wrap=True)
+    what = "loss" if options.loss == 1 else "KL to the original"
+    out.print(f"Held-out {what}: " + ", ".join(f"{value:.4f} (step {step})" for step, value in made.curve), highlight=False, soft_wrap=True)

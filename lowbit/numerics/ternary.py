@@ -49,7 +49,8 @@ def from_codes(codes: Tensor, scale: Tensor, scheme: Scheme, dtype: str) -> Quan
 
 def dequantize(qt: QuantizedTensor) -> Tensor:
     """value(code) * scale, float32 [out_features, in_features]."""
-    values = torch.tensor(KINDS[qt.scheme.format].values, device=qt.parts["codes"].device)[qt.parts["codes"].int()]
+    values = qt.parts["codes"].float()
+    values = values.mul_(2).sub_(1) if qt.scheme.format == "binary" else values.sub_(1)
     return values.mul_(integer.spread(qt.parts["scale"].float(), qt.scheme, qt.shape[1]))
 
 

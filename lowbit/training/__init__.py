@@ -12,10 +12,11 @@
 """
 
 from .adapters import load as load_adapter
+from .bitnet import BitNetOptions, bitnet
 from .merge import Merged, merge
 from .prepare import convert, prepare
 from .qat import QatOptions, qat
 from .qlora import QloraOptions, qlora
 from .save import write
 
-__all__ = ["Merged", "QatOptions", "QloraOptions", "convert", "load_adapter", "merge", "prepare", "qat", "qlora", "write"]
+__all__ = ["BitNetOptions", "Merged", "QatOptions", "QloraOptions", "bitnet", "convert", "load_adapter", "merge", "prepare", "qat", "qlora", "write"]

@@ -15,10 +15,12 @@ from .views import View
 class FakeQuantLinear(nn.Linear):
     """y = round(x) Q(W)^T + bias. weight [out, in] is the master; view gives Q(W), what the file will hold; act: how inputs are rounded (see ActView).
 
+    phase: from 0 to 1, how much of the rounding is there: W + phase (Q(W) - W), inputs alike. At 1 the weight is Q(W) bit for bit.
     tied: the view is the embedding's, which has it in its state (as a tied weight, it is stored once).
     """
 
     view: View
+    phase = 1.0
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, view: View, act: ActView | None = None, *, tied: bool = False) -> None:
         nn.Module.__init__(self)
@@ -33,12 +35,18 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] in any floating dtype, or under autocast."""
         if self.act is not None:
-            x = self.act(x)
-        weight = self.view(self.weight)
+            x = _between(x, self.act, self.phase)
+        weight = _between(self.weight, self.view, self.phase)
         return nn.functional.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _between(value: Tensor, rounded: nn.Module, phase: float) -> Tensor:
+    if phase == 0:
+        return value
+    return rounded(value) if phase == 1 else value.lerp(rounded(value), phase)
 
 
 class FakeQuantEmbedding(nn.Module):

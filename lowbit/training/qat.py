@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -22,8 +21,8 @@ from torch import nn
 
 from .. import __version__
 from ..checkpoints import open_checkpoint, target, weight_files
-from ..checkpoints.safetensors import read_json, write_text
-from ..errors import DataError, JobError, RecipeError, missing_extra
+from ..checkpoints.safetensors import write_text
+from ..errors import DataError, RecipeError, missing_extra
 from ..models import skeleton as sk
 from ..pipeline import recipes, resources
 from ..pipeline.calibration import Windows, default_text, packed, read_texts
@@ -37,13 +36,13 @@ from ..pipeline.setup import set_up
 from ..progress import SILENT, Progress
 from ..recipe import Calibration, Recipe
 from .blockwise import BlockOptions, Blockwise, load_masters
+from .job import claim, run, steps_within
 from .losses import divergence
 from .prepare import matrices, prepare, refuse_untrainable
 from .save import as_checkpoint
 from .views import MODES
 
 PHASES = ("blocks", "end")
-STEP_SHARE = 1.15  # of a step with optimizer, measurements and checkpoints, to one without
 HELD_OUT = 8  # windows of the data that are measured and not trained on
 
 
@@ -148,7 +147,7 @@ def qat(
         "weights": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(located)), "recipe": draft.recipe.to_dict(), "options": asdict(options),
         "trainer": trainer or {}, "data": str(data) if windows is None else windows.digest, "seed": seed, "dtype": str(compute), "device": place.type, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    _claim(folder, json.loads(json.dumps(key, default=str)), resume=resume, overwrite=overwrite)
+    claim(folder, key, resume=resume, overwrite=overwrite)
     start = folder / f"start{target(draft.recipe.target).suffix}"
     with readable_errors(path):
         if not start.exists():
@@ -170,21 +169,6 @@ def qat(
     shutil.rmtree(folder)
     ended = time.monotonic()
     return Trained(path, curve, ended - started, {"start": begun - started, "end": ended - begun}, provenance)
-
-
-def _claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
-    """Take the folder of a training, or refuse: an unfinished one without resume, another one with it."""
-    if folder.exists() and overwrite and not resume:
-        shutil.rmtree(folder)
-    if folder.exists():
-        if not resume:
-            raise JobError(f"{folder} holds an unfinished training. Go on with --resume, or begin anew with --overwrite.")
-        stored = read_json(folder / "job.json")
-        if different := [name for name in key if stored.get(name) != key[name]]:
-            raise JobError(f"{folder} holds another training: its {', '.join(different)} differ from this command's. Repeat the first command with --resume, or begin anew with --overwrite.")
-        return
-    folder.mkdir(parents=True)
-    write_text(folder / "job.json", json.dumps(key, indent=1) + "\n")
 
 
 def data_windows(located: Path, data: str, options: QatOptions, seed: int, progress: Progress) -> Windows:
@@ -235,11 +219,9 @@ def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, opti
     )  # fmt: skip
     trainer = DistillationTrainer(
         model=student, args=arguments, train_dataset=Rows(train), eval_dataset=Rows(held), teacher=teacher, loss=options.loss, lr_scales=options.lr_scales, held_out=held,
-        callbacks=[_Report(progress)],
     )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)  # which would print to stdout
     first = trainer.evaluate()["eval_kl"]
-    trainer.train(resume_from_checkpoint=_last_whole(folder / "steps"))
+    run(trainer, folder / "steps", progress)
     history = [(int(entry["step"]), float(entry["eval_kl"])) for entry in trainer.state.log_history if "eval_kl" in entry]
     curve = [(0, first), *[pair for pair in history if pair[0]]]
     if min(curve, key=lambda pair: pair[1])[0] == 0:
@@ -249,35 +231,20 @@ def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, opti
 
 
 def _steps(student: nn.Module, teacher: nn.Module, train: torch.Tensor, options: QatOptions, compute: torch.dtype, folder: Path) -> int:
-    """How many steps end to end: as many as asked for, one pass over the data, or what two of them, timed, say of the minutes. Settled once, so that a resumed training has the same."""
+    """How many steps end to end: as many as asked for, one pass over the data, or what fits into the minutes."""
     if options.steps is not None or options.minutes is None:
         return options.steps or max(1, len(train) // options.batch)
-    file = folder / "steps.json"
-    if not file.exists():
-        clock = []
-        for _ in range(2):
-            started = time.monotonic()
-            for ids in train[: options.batch].to(next(student.parameters()).device).split(options.micro):
-                with torch.autocast(ids.device.type, compute, enabled=compute != torch.float32):
-                    with torch.no_grad():
-                        goal = teacher(input_ids=ids, use_cache=False).logits
-                    loss = divergence(student(input_ids=ids, use_cache=False).logits, goal)
-                loss.backward()
-            student.zero_grad(set_to_none=True)
-            clock.append(time.monotonic() - started)
-        write_text(file, json.dumps({"steps": max(1, int(60 * options.minutes / (STEP_SHARE * clock[-1])))}) + "\n")
-    return int(read_json(file)["steps"])
 
+    def one() -> None:
+        for ids in train[: options.batch].to(next(student.parameters()).device).split(options.micro):
+            with torch.autocast(ids.device.type, compute, enabled=compute != torch.float32):
+                with torch.no_grad():
+                    goal = teacher(input_ids=ids, use_cache=False).logits
+                loss = divergence(student(input_ids=ids, use_cache=False).logits, goal)
+            loss.backward()
+        student.zero_grad(set_to_none=True)
 
-def _last_whole(steps: Path) -> str | None:
-    """The Trainer's last checkpoint; one that it was stopped in, which its state, written last, is missing from, is deleted."""
-    for folder in sorted(steps.glob("checkpoint-*"), key=lambda folder: -int(folder.name.rpartition("-")[2])):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(folder)
-        except (OSError, ValueError):
-            shutil.rmtree(folder)
-    return None
+    return steps_within(options.minutes, one, folder / "steps.json")
 
 
 def recipe_of(provenance: dict) -> Recipe:
@@ -295,21 +262,3 @@ def recipe_of(provenance: dict) -> Recipe:
 def _with_training_dtype(model: nn.Module) -> Any:
     model.requires_grad_(True)
     return model.train()
-
-
-class _Report(transformers.TrainerCallback):
-    """Progress for whoever draws it."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def on_train_begin(self, args, state, control, **_: Any) -> None:
-        self._step = self.progress.step("Training", state.max_steps)
-        self._advance = self._step.__enter__()
-        self._advance(state.global_step)
-
-    def on_step_end(self, args, state, control, **_: Any) -> None:
-        self._advance(1)
-
-    def on_train_end(self, args, state, control, **_: Any) -> None:
-        self._step.__exit__(None, None, None)

@@ -45,7 +45,7 @@ from ..pipeline.quantize import fingerprint, quantize
 from ..progress import SILENT, Progress
 from . import adapters, starts
 from .chat import IGNORED, Document, Rows, pack, read_documents
-from .qat import _claim, _Report
+from .job import claim, run, steps_within
 from .starts import INITS, Start
 from .trainer import first_bad
 
@@ -161,7 +161,7 @@ def qlora(
         "model": fingerprint(source), "recipe": None if draft is None else draft.recipe.to_dict(), "original": str(original), "options": asdict(options), "seed": seed, "dtype": str(compute),
         "data": [Windows(rows.ids, None, 0).digest for rows in (train, held)], "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
-    _claim(folder, json.loads(json.dumps(key)), resume=resume, overwrite=overwrite)
+    claim(folder, key, resume=resume, overwrite=overwrite)
     with readable_errors(path):
         base, start = _base_and_start(built, located, draft, original, train, options, folder, compute, device, dtype, progress)
         peft_model = _attached(base, start, options, compute, place, device, seed)
@@ -290,15 +290,6 @@ def _attached(base: Path, start: Start | None, options: QloraOptions, compute: t
     return adapters.attach(model, rank=options.rank, alpha=options.scale, dropout=options.dropout, seed=seed, transposed=transposed, start=start)
 
 
-class _ReportAndEnd(_Report):
-    """Measures and keeps the last step, too, which is best where the loss falls to the end."""
-
-    def on_step_end(self, args, state, control, **more: Any) -> None:
-        super().on_step_end(args, state, control, **more)
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
-
-
 class AdapterTrainer(Trainer):
     """The Trainer with a held-out loss per learned token (key eval_loss), and an end with a sentence when the loss is not finite."""
 
@@ -306,7 +297,7 @@ class AdapterTrainer(Trainer):
         found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         loss = found[0] if return_outputs else found
         if not bool(torch.isfinite(loss)):
-            raise ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(model)}. Lower the learning rate, or compute in float32 (--dtype float32).")
+            raise ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(model, inputs['input_ids'])}. Lower the learning rate, or compute in float32 (--dtype float32).")
         return found
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -337,7 +328,18 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
     """Train the adapter in place; the held-out loss before and after, its curve, and the training losses."""
     from transformers import TrainingArguments
 
+    def one() -> None:
+        for start in range(0, options.batch, options.micro):
+            rows = [train[number % len(train)] for number in range(start, start + options.micro)]
+            inputs = {name: torch.stack([row[name] for row in rows]).to(place) for name in rows[0]}
+            with torch.autocast(place.type, compute, enabled=compute != torch.float32):
+                loss = model(**inputs, use_cache=False).loss
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+
     steps = options.steps or max(1, math.ceil(options.epochs * len(train) / options.batch))
+    if options.steps is None and options.minutes is not None:
+        steps = steps_within(options.minutes, one, folder / "steps.json")
     arguments = TrainingArguments(
         **{
             "output_dir": str(folder / "steps"), "max_steps": steps, "per_device_train_batch_size": options.micro, "gradient_accumulation_steps": options.batch // options.micro,
@@ -348,14 +350,12 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
             "gradient_checkpointing": options.gradient_checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "disable_tqdm": True, "dataloader_pin_memory": False, **more,
         }
     )  # fmt: skip
-    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=train, eval_dataset=held, callbacks=[_ReportAndEnd(progress, options.minutes)])
-    trainer.remove_callback(transformers.PrinterCallback)
-    last = transformers.trainer_utils.get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
+    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=train, eval_dataset=held)
     before_file = folder / "before.json"
     if not before_file.exists():
         write_text(before_file, json.dumps(trainer.held_out_loss()))
     before = json.loads(before_file.read_text())
-    trainer.train(resume_from_checkpoint=last)
+    run(trainer, folder / "steps", progress)
     adapters.round_(model, compute)
     history = trainer.state.log_history
     curve = [(0, before), *((int(entry["step"]), float(entry["eval_loss"])) for entry in history if "eval_loss" in entry)]

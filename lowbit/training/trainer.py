@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -93,24 +94,39 @@ class DistillationTrainer(Trainer):
 
 
 def first_bad(model: nn.Module, ids: Tensor) -> str:
-    """The first parameter that is not finite, or the first layer whose output of ids is not, in words."""
+    """The first layer whose weight, scale, gradient or output (for the tokens ids) is not finite, in words."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"{name} holds NaN or infinity"
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f"the gradient of {name} is not finite"
+    for name, module in model.named_modules():
+        if not isinstance(module, FakeQuantLinear):
+            continue
+        try:
+            finite = bool(torch.isfinite(module.view(module.weight)).all())
+        except FormatError:
+            finite = False
+        if not finite:
+            return f"the quantized weight of {name} is not finite"
+    overflowed = _first_overflow(model, ids)
+    return "every weight is finite, a difference of logits overflowed" if overflowed is None else f"every weight is finite, the output of {overflowed} is not"
+
+
+@torch.no_grad()
+def _first_overflow(model: nn.Module, ids: Tensor) -> str | None:
+    """The name of the first module whose output is not finite."""
     found: list[str] = []
 
     def look(name: str, output: Any) -> None:
-        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+        if isinstance(output, Tensor) and not found and not bool(torch.isfinite(output).all()):
             found.append(name)
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantLinear) or not any(module.children())]
-    handles = [module.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output)) for name, module in layers]
+    hooks = [module.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output)) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
+        with suppress(FormatError):  # the next layer refuses to round it
             model(input_ids=ids, use_cache=False)
-    except FormatError as error:
-        return f"{found[0]} gives infinity or NaN" if found else str(error)
     finally:
-        for handle in handles:
-            handle.remove()
-    return f"{found[0]} gives infinity or NaN" if found else "every layer gives finite numbers, the loss itself overflowed"
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None

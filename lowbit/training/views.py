@@ -36,12 +36,15 @@ class View(nn.Module):
     in every step: "minmax" (the format's plain rounding) or "mse" (integers: the range with the least squared error).
     """
 
-    def __init__(self, start: QuantizedTensor, scales: str = "learned") -> None:
+    def __init__(self, start: QuantizedTensor, scales: str = "learned", *, straight: bool = False) -> None:
+        """straight: of scales found anew, let gradients through where a code was clipped, too, as BitNet's training does."""
         super().__init__()
         affine.check(start.scheme)
         if scales not in MODES:
             raise RecipeError(f"scales is {scales!r}; expected one of {', '.join(MODES)}.")
-        self.scheme, self.shape, self.dtype_name, self.scales = start.scheme, start.shape, start.dtype, scales
+        if straight and scales not in DERIVED:
+            raise RecipeError(f"scales is {scales!r}; gradients through clipped codes go with {' or '.join(DERIVED)}.")
+        self.scheme, self.shape, self.dtype_name, self.scales, self.straight = start.scheme, start.shape, start.dtype, scales, straight
         kept = {} if scales in DERIVED else {name: value for name, value in start.parts.items() if name != "codes"}
         self.names = tuple(kept)
         for name, value in kept.items():
@@ -91,8 +94,8 @@ class View(nn.Module):
         """The view with scales found anew: as numerics.quantize finds them, which is what quantized gives."""
         with torch.no_grad():
             made = numerics.quantize(W.detach(), self.scheme, self._search)
-            values, grid = numerics.dequantize(made), affine.affine(made)
-        return _Given.apply(W, values, grid, self.scheme)
+            values = numerics.dequantize(made)
+        return _Straight.apply(W, values) if self.straight else _Given.apply(W, values, affine.affine(made), self.scheme)
 
 
 class _Straight(torch.autograd.Function):

@@ -45,6 +45,7 @@ MODELS = {
     "gemma3": ("Gemma3TextConfig", dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=64, num_hidden_layers=7)),
     "olmo2": ("Olmo2Config", dict(rope_theta=5e5)),
     "smollm3": ("SmolLM3Config", dict(num_hidden_layers=5, rope_theta=5e6, tie_word_embeddings=True)),
+    "bitnet": ("BitNetConfig", dict(hidden_act="silu", tie_word_embeddings=True, rope_theta=5e5)),
     "phi3": ("Phi3Config", dict(original_max_position_embeddings=128, pad_token_id=0)),
     "gpt2": ("GPT2Config", dict(n_embd=64, n_layer=2, n_head=4, n_positions=1024, bos_token_id=None, eos_token_id=None, initializer_range=0.1)),
 }  # fmt: skip
@@ -196,7 +197,7 @@ def test_config_builds_the_same_model(model):
 def test_transformers_reads_the_same_logits(model):
     pytest.importorskip("accelerate", reason="transformers loads GGUF with accelerate")
     kind, checkpoint, path = model
-    if kind in ("olmo2", "smollm3"):
+    if kind in ("olmo2", "smollm3", "bitnet"):
         pytest.skip(f"transformers 5.23 reads no GGUF of {kind}")
     if kind in ("mixtral", "llama3-rope", "qwen2"):
         pytest.skip("transformers 5.23 drops experts of llama files, attention biases, rope factors and yarn when it reads GGUF")

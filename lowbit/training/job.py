@@ -1,0 +1,96 @@
+"""What every training shares: the folder of its job, its last whole checkpoint, its progress."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..checkpoints.safetensors import read_json, write_text
+from ..errors import JobError
+from ..progress import Progress
+
+STEP_SHARE = 1.15  # of a step with optimizer, measurements and checkpoints, to one without
+
+
+def claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
+    """Take the folder of a training, or refuse: an unfinished one without resume, another one with it. key: what must be the same, as JSON has it."""
+    key = json.loads(json.dumps(key, default=str))
+    if folder.exists() and overwrite and not resume:
+        shutil.rmtree(folder)
+    if folder.exists():
+        if not resume:
+            raise JobError(f"{folder} holds an unfinished training. Go on with --resume, or begin anew with --overwrite.")
+        stored = read_json(folder / "job.json")
+        if different := [name for name in key if stored.get(name) != key[name]]:
+            raise JobError(f"{folder} holds another training: its {', '.join(different)} differ from this command's. Repeat the first command with --resume, or begin anew with --overwrite.")
+        return
+    folder.mkdir(parents=True)
+    write_text(folder / "job.json", json.dumps(key, indent=1) + "\n")
+
+
+def steps_within(minutes: float, step: Callable[[], None], file: Path) -> int:
+    """How many steps the second of two (forward and backward), timed, lets expect; settled in file, so that a resumed training has as many."""
+    if not file.exists():
+        with torch.random.fork_rng():  # what is drawn here must not move what is drawn later
+            step()
+            started = time.monotonic()
+            step()
+        write_text(file, json.dumps({"steps": max(1, int(60 * minutes / (STEP_SHARE * (time.monotonic() - started))))}) + "\n")
+    return int(read_json(file)["steps"])
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of the Trainer in folder, and None where there is none; those that were being written when the process ended are removed."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the last file of a checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            return str(path)
+    return None
+
+
+class Report(transformers.TrainerCallback):
+    """Progress for whoever draws it; and the last step is measured and kept, too."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._step: Any = None
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        self._step = self.progress.step("Training", state.max_steps)
+        self._advance = self._step.__enter__()
+        self._advance(state.global_step)
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        self._advance(1)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_train_end(self, args, state, control, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the step of the progress, also where training stopped with an error."""
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+
+
+def run(trainer: transformers.Trainer, folder: Path, progress: Progress) -> None:
+    """Train from the last whole checkpoint in folder, or from the start; nothing is printed."""
+    report = Report(progress)
+    trainer.add_callback(report)
+    trainer.remove_callback(transformers.PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    finally:
+        report.close()
