@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from ..errors import FormatError, ModelError
 from .losses import cross_entropy, divergence
@@ -34,6 +34,7 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, loss: float, lr_scales: float, held_out: Tensor, **more: Any) -> None:
         super().__init__(*args, **more)
+        self.remove_callback(PrinterCallback)  # stdout is for results
         self.teacher, self.share, self.lr_scales, self.held_out = teacher, loss, lr_scales, held_out
         self.model_accepts_loss_kwargs = False
         self._reference: list[Tensor] | None = None

@@ -326,4 +326,4 @@ def test_a_target_that_cannot_be_written(dense, tmp_path):
 
 def test_job_folder_is_described_by_its_key(dense, interrupted):
     key = json.loads((interrupted.with_name("out.work") / "job.json").read_text())
-    assert {"lowbit", "torch", "transformers", "model", "weights", "recipe", "data", "dtype", "device", "threads", "max_shard_size"} == set(key)
+    assert {"lowbit", "torch", "transformers", "model", "weights", "recipe", "refinement", "data", "dtype", "device", "threads", "max_shard_size"} == set(key)

@@ -20,11 +20,11 @@ from lowbit.pipeline.selfgen import load_model
 from lowbit.pipeline.verify import verify
 from lowbit.scheme import Rounding
 from lowbit.training.bitnet import PHASED, SMALL, BitNetOptions, BitNetTrainer, _ternary, as_gguf, bitnet, configuration, fake_quantize, scheme_of, set_phase
+from lowbit.training.job import last_checkpoint
 from lowbit.training.losses import divergence
 from lowbit.training.modules import ActView, FakeQuantLinear
 from lowbit.training.save import as_checkpoint
 from lowbit.training.text import split, train_tokenizer, write_tokens
-from lowbit.training.trainer import last_checkpoint
 from lowbit.training.views import View
 
 pytest.importorskip("accelerate", reason="accelerate (the extra train) is not installed")

@@ -15,7 +15,7 @@ from lowbit.checkpoints import open_checkpoint
 from lowbit.errors import DataError, JobError, LowbitError, ModelError, RecipeError
 from lowbit.evaluation.summary import summarize
 from lowbit.pipeline.calibration import Windows
-from lowbit.pipeline.evaluate import _run_all
+from lowbit.pipeline.evaluate import score_all
 from lowbit.progress import SILENT, Progress
 from lowbit.training import QatOptions
 from lowbit.training.blockwise import BlockOptions
@@ -40,7 +40,7 @@ def held_out_kl(original: Path, paths: list[Path], text: Path) -> list[float]:
     """KL to the original on the held-out windows, by the machinery of lowbit.compare."""
     ids = qat_module.data_windows(original, str(text), SMALL, 0, SILENT).ids[-qat_module.HELD_OUT :]
     models = [open_checkpoint(path) for path in (original, *paths)]
-    found = _run_all(models, [torch.float32] * len(models), Windows(ids, None, ids.numel()), torch.device("cpu"), SILENT, kv=[None] * len(models))
+    found = score_all(models, [torch.float32] * len(models), Windows(ids, None, ids.numel()), torch.device("cpu"), SILENT, kv=[None] * len(models))
     return [summarize(scores, "llama.cpp").kl_mean.value for scores in found[1:]]
 
 

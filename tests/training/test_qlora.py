@@ -196,8 +196,8 @@ if kill:
     def on_step_end(self, args, state, control, **more):
         if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-    from lowbit.training.qat import _Report
-    _Report.on_step_end = on_step_end
+    from lowbit.training.job import Report
+    Report.on_step_end = on_step_end
 qlora(model, out, data=data, options=QloraOptions(**options), dtype="float32", resume=resume)
 """
 
