@@ -35,6 +35,7 @@ import lowbit.numerics as numerics
 from lowbit.algorithms import algorithm, make_options
 from lowbit.algorithms.hqq import HqqOptions, hqq
 from lowbit.models.linears import Linear
+from lowbit.pipeline.calibration import MICRO_BATCH_TOKENS
 from lowbit.pipeline.collect import Collector, Current, InputGroup, StopBlock
 from lowbit.pipeline.hidden import HiddenStates
 from lowbit.pipeline.learned import learn_block
@@ -210,13 +211,15 @@ def own_autoround(tensors: dict[str, Tensor], n_tokens: int, layer: nn.Module, h
     dtype = torch.bfloat16 if a.amp else torch.float32
     block, kwargs = copy.deepcopy(layer).to(dtype), block_kwargs(layer, hidden)
     kwargs = {**kwargs, "position_embeddings": tuple(part.to(dtype) for part in kwargs["position_embeddings"])}
-    shapes = [(1, hidden.shape[1])] * len(hidden)
+    rows = max(1, MICRO_BATCH_TOKENS // hidden.shape[1])  # windows at once, as quantize has them
+    parts = hidden.split(rows)
+    shapes = [tuple(part.shape[:2]) for part in parts]
     source, target = (HiddenStates(shapes, hidden.shape[2], dtype) for _ in range(2))
     run = lambda x: (out if isinstance(out := block(x, attention_mask=None, **kwargs), Tensor) else out[0])
     with torch.no_grad():
-        for number, window in enumerate(hidden):
-            source.write(number, window[None])
-            target.write(number, run(window[None].to(dtype)))
+        for number, part in enumerate(parts):
+            source.write(number, part)
+            target.write(number, run(part.to(dtype)))
     streamer = SimpleNamespace(
         run_block_with_gradient=lambda block, index, number, x: run(x), batches=[Batch(torch.zeros(shape, dtype=torch.int64)) for shape in shapes], device=torch.device("cpu")
     )
