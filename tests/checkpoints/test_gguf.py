@@ -652,7 +652,7 @@ def test_fallback_is_llama_quantizes():
 
 
 def test_unsupported_models_name_the_known_ones(llama, tmp_path):
-    with pytest.raises(CheckpointError, match="'mamba' cannot be written as GGUF: llama.cpp's names for its tensors and settings are not in .*knows gemma2, .*olmo2, .*smollm3"):
+    with pytest.raises(CheckpointError, match="'mamba' cannot be written as GGUF: llama.cpp's names for its tensors and settings are not in .*knows bitnet, gemma2, .*olmo2, .*smollm3"):
         gguf.supported({"model_type": "mamba"})
     for config, message in (
         ({"model_type": "olmo2", "tie_word_embeddings": True}, "tie_word_embeddings = True; llama.cpp computes olmo2 with False"),
