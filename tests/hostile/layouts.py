@@ -122,7 +122,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
             ("auto-round", "auto-round", _ints(2)),
             ("bitsandbytes-nf4", "bitsandbytes", Scheme("nf4", 4, (1, 64), nested=256)),
             ("bitsandbytes-fp4", "bitsandbytes", Scheme("fp4", 4, (1, 64))),
-            ("bitsandbytes-int8", "bitsandbytes", _ints(8, block=(1, -1), range="textbook", scale_dtype="float32", act=Activation(range="textbook", threshold=6.0))),
+            ("bitsandbytes-int8", "bitsandbytes", replace(_ints(8, block=(1, -1), scale_dtype="float32"), range="textbook", act=Activation(range="textbook", threshold=6.0))),
             ("hqq-4", "hqq", replace(_ints(4, symmetric=False), zero_dtype="float")),
             ("hqq-3-axis-0", "hqq", replace(_ints(3, symmetric=False, block=(32, 1)), zero_dtype="float")),
             ("aqlm", "aqlm", numerics.scheme_of("aqlm_2x8")),
