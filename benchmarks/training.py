@@ -32,12 +32,12 @@ FORMATS = {
 }
 # Share of the minutes that goes to the block phase, and the rates: lr of weights and scales, block by block and end to end.
 SETTINGS = {
-    "int4": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 1e-4, "lr": 1e-5, "lr_scales": 5e-5},
-    "int3": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 2e-4, "lr": 2e-5, "lr_scales": 1e-4},
-    "int2": {"blocks": 0.4, "block_lr": 5e-5, "block_lr_scales": 5e-4, "lr": 4e-5, "lr_scales": 2e-4},
-    "ternary": {"blocks": 0.4, "block_lr": 5e-5, "block_lr_scales": 5e-4, "lr": 4e-5, "lr_scales": 2e-4},
-    "q4_0": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 1e-4, "lr": 1e-5, "lr_scales": 5e-5},
-    "q3_k": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 2e-4, "lr": 2e-5, "lr_scales": 1e-4},
+    "int4": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 2e-3, "lr": 1e-5, "lr_scales": 5e-4},
+    "int3": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 3e-3, "lr": 2e-5, "lr_scales": 1e-3},
+    "int2": {"blocks": 0.4, "block_lr": 5e-5, "block_lr_scales": 5e-3, "lr": 4e-5, "lr_scales": 2e-3},
+    "ternary": {"blocks": 0.4, "block_lr": 5e-5, "block_lr_scales": 5e-3, "lr": 4e-5, "lr_scales": 2e-3},
+    "q4_0": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 2e-3, "lr": 1e-5, "lr_scales": 5e-4},
+    "q3_k": {"blocks": 0.3, "block_lr": 2e-5, "block_lr_scales": 3e-3, "lr": 2e-5, "lr_scales": 1e-3},
 }
 SECONDS_PER_EPOCH = 130  # of the block phase, 64 windows of 512 tokens of SmolLM2, measured
 MAKE = """

@@ -29,7 +29,7 @@ from .. import __version__, numerics
 from ..checkpoints import Checkpoint, LazyQuantized, gguf, open_checkpoint
 from ..checkpoints import bitnet as layout
 from ..checkpoints.safetensors import read_json
-from ..errors import CheckpointError, LowbitError, RecipeError, missing_extra
+from ..errors import CheckpointError, LowbitError, RecipeError
 from ..models import skeleton as sk
 from ..numerics import affine, ggml
 from ..pipeline import resources
@@ -42,7 +42,7 @@ from ..pipeline.selfgen import load_model
 from ..progress import SILENT, Progress
 from ..scheme import Rounding, Scheme
 from ..tensor import QuantizedTensor
-from .job import claim, run
+from .job import arguments, claim, require_packages, run
 from .losses import cross_entropy
 from .modules import ActView, FakeQuantLinear
 from .prepare import matrices
@@ -138,10 +138,7 @@ def bitnet(
     byte-level BPE trained on data. options: default PHASED with a model, BitNetOptions() without. gguf_type: "tq1_0" or "tq2_0": write OUT.gguf, too. trainer: further transformers.TrainingArguments.
     resume: go on from the last checkpoint of OUT.train. Raises LowbitError before any work on bad input.
     """
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
-        raise missing_extra("accelerate", "train", purpose="training") from None
+    require_packages("accelerate", trainer=trainer)
     began, path = time.monotonic(), Path(output)
     options = options or (PHASED if model is not None else BitNetOptions())
     plan = _from_model(locate(model, progress=progress), config) if model is not None else _from_scratch(config)
@@ -321,17 +318,14 @@ def _train(
     teacher = load_model(sk.build(source), compute, place) if options.loss < 1 else None
     steps = options.steps or max(1, int(options.epochs * len(train)) // options.batch)
     micro = options.micro or options.batch
-    arguments = transformers.TrainingArguments(
-        **{
-            "output_dir": str(folder / "steps"), "max_steps": steps, "per_device_train_batch_size": micro, "gradient_accumulation_steps": options.batch // micro, "learning_rate": options.lr,
-            "weight_decay": options.weight_decay, "adam_beta2": 0.95, "max_grad_norm": 1.0, "bf16": compute == torch.bfloat16, "use_cpu": place.type == "cpu", "seed": seed, "data_seed": seed,
-            "save_strategy": "steps", "save_steps": options.eval_every, "save_total_limit": 2, "eval_strategy": "steps", "eval_steps": options.eval_every, "load_best_model_at_end": True,
-            "metric_for_best_model": "loss" if teacher is None else "kl", "greater_is_better": False, "logging_steps": 10, "report_to": [], "remove_unused_columns": False, "disable_tqdm": True,
-            "dataloader_pin_memory": False, "dataloader_drop_last": True, **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}), **more,
-        }
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    given = arguments(
+        folder / "steps", steps=steps, batch=options.batch, micro=micro, eval_every=options.eval_every, metric="loss" if teacher is None else "kl", seed=seed, compute=compute, place=place,
+        more=more, learning_rate=options.lr, weight_decay=options.weight_decay, adam_beta2=0.95, dataloader_drop_last=True,
     )  # fmt: skip
     trainer = BitNetTrainer(
-        model=student, args=arguments, train_dataset=train, eval_dataset=held, teacher=teacher, loss=options.loss, lr_scales=0.0, held_out=torch.stack([held.row(i) for i in range(len(held))]),
+        model=student, args=given, train_dataset=train, eval_dataset=held, teacher=teacher, loss=options.loss, lr_scales=0.0, held_out=torch.stack([held.row(i) for i in range(len(held))]),
         rate=partial(options.rate, steps=steps), callbacks=[_Stages(student, options, steps)],
     )  # fmt: skip
     run(trainer, folder / "steps", progress)

@@ -22,7 +22,7 @@ from ..pipeline.hidden import HiddenStates
 from ..pipeline.streaming import Streamer
 from ..tensor import QuantizedTensor
 from .modules import FakeQuantLinear, quantized
-from .prepare import in_cells
+from .prepare import in_cells, to_device
 from .views import View
 
 LEAST = 1 / 20  # of the learning rates, at the end
@@ -30,14 +30,15 @@ LEAST = 1 / 20  # of the learning rates, at the end
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """epochs over the text; lr of the weights, lr_scales of scales and zero-points (AdamW, both falling to a twentieth along a cosine). skip_first: leave the first token out of the error.
+    """epochs over the text; lr of the weights, lr_scales of scales (relative to where they begin) and zero-points (in codes): AdamW, both falling to a twentieth along a cosine.
+    skip_first: leave the first token out of the error.
 
     scales: see views.View.
     """
 
     epochs: int = 4
     lr: float = 5e-5
-    lr_scales: float = 5e-4
+    lr_scales: float = 5e-3
     skip_first: bool = True
     scales: str = "learned"
     seed: int = 0
@@ -65,7 +66,7 @@ class Blockwise:
             place = block.get_submodule(linear.module)
             if type(place) is not nn.Linear:
                 raise ModelError(f"{linear.name}: only plain linear layers can be trained; this one is in a {type(place).__name__}.")
-            start = tensors[linear.name]
+            start = to_device(tensors[linear.name], place.weight.device)
             view = View(start, self.options.scales).to(place.weight.device)
             places[linear.name] = place
             with torch.no_grad():

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,17 @@ import torch
 import transformers
 
 from ..checkpoints.safetensors import read_json, write_text
-from ..errors import JobError
+from ..errors import JobError, missing_extra
 from ..progress import Progress
 
 STEP_SHARE = 1.15  # of a step with optimizer, measurements and checkpoints, to one without
+
+
+def require_packages(*packages: str, trainer: dict[str, Any] | None = None) -> None:
+    """Raise LowbitError with the line that installs it where a package that training needs is missing; trainer: further arguments, whose report_to may need one."""
+    for package in (*packages, *(["tensorboard"] if "tensorboard" in ((trainer or {}).get("report_to") or ()) else [])):
+        if find_spec(package) is None:
+            raise missing_extra(package, "train", purpose="logging to TensorBoard" if package == "tensorboard" else "training")
 
 
 def claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
@@ -44,6 +52,19 @@ def steps_within(minutes: float, step: Callable[[], None], file: Path) -> int:
             step()
         write_text(file, json.dumps({"steps": max(1, int(60 * minutes / (STEP_SHARE * (time.monotonic() - started))))}) + "\n")
     return int(read_json(file)["steps"])
+
+
+def arguments(
+    folder: Path, *, steps: int, batch: int, micro: int, eval_every: int, metric: str, seed: int, compute: torch.dtype, place: torch.device, more: dict[str, Any], **own: Any
+) -> transformers.TrainingArguments:
+    """The Trainer's arguments of a training in folder: measured and kept every eval_every steps, the best loaded at the end; own: of this kind of training; more: the user's."""
+    common = {
+        "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": micro, "gradient_accumulation_steps": batch // micro, "weight_decay": 0.0, "max_grad_norm": 1.0,
+        "bf16": compute == torch.bfloat16, "use_cpu": place.type == "cpu", "seed": seed, "data_seed": seed, "save_strategy": "steps", "save_steps": eval_every, "save_total_limit": 2,
+        "eval_strategy": "steps", "eval_steps": eval_every, "load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False, "logging_steps": 10, "report_to": [],
+        "remove_unused_columns": False, "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return transformers.TrainingArguments(**{**common, **own, **more})
 
 
 def last_checkpoint(folder: Path) -> str | None:

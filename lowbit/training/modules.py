@@ -77,18 +77,18 @@ class ActView(nn.Module):
         super().__init__()
         self.given = rounding
         if rounding.scale is not None:
-            self.scale = nn.Parameter(torch.tensor(rounding.scale))
+            self.scale = nn.Parameter(torch.ones(()))  # times the one at the start
 
     def forward(self, x: Tensor) -> Tensor:
         if self.given.scale is None:
             return activations.fake_quantize(x, self.given)
-        return _Static.apply(x, self.scale, self.rounding())
+        return _Static.apply(x, self.scale * self.given.scale, self.rounding())
 
     def rounding(self) -> Rounding:
         """What the file says of the inputs."""
         if self.given.scale is None:
             return self.given
-        return Rounding(self.given.act, float(self.scale.detach().abs().clamp(min=1e-30)), self.given.zero_point)
+        return Rounding(self.given.act, float(self.scale.detach().abs().clamp(min=1e-6)) * self.given.scale, self.given.zero_point)
 
 
 class _Static(torch.autograd.Function):

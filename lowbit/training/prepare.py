@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,17 @@ def _begun(start: Checkpoint, parameter: str, plan: LayerPlan) -> QuantizedTenso
 def _master(old: Tensor, plan: LayerPlan, begun: QuantizedTensor | None, scales: str, keep: bool) -> tuple[nn.Parameter, View]:
     """The master weight and its view; with a start, such that the view is the start, value for value."""
     W = old.detach().float().clone()
-    made = begun if begun is not None else numerics.quantize(W, plan.scheme)
+    made = to_device(begun if begun is not None else numerics.quantize(W, plan.scheme), W.device)
     view = View(made, scales)
     if begun is not None or scales in ("learned", "fixed"):
         with torch.no_grad():
             W = in_cells(W, made, view) if keep else numerics.dequantize(made)
     return nn.Parameter(W), view
+
+
+def to_device(qt: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """The tensor with its parts on a device."""
+    return replace(qt, parts={name: part.to(device) for name, part in qt.parts.items()})
 
 
 def in_cells(W: Tensor, start: QuantizedTensor, view: View) -> Tensor:

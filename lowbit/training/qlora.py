@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import __version__
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..checkpoints.safetensors import open_file, write_text
-from ..errors import DataError, JobError, ModelError, RecipeError, missing_extra
+from ..errors import DataError, JobError, ModelError, RecipeError
 from ..models import skeleton as sk
 from ..models.experts import is_experts
 from ..models.linears import find_linears, outside_matrices
@@ -45,7 +45,7 @@ from ..pipeline.quantize import fingerprint, quantize
 from ..progress import SILENT, Progress
 from . import adapters, starts
 from .chat import IGNORED, Document, Rows, pack, read_documents
-from .job import claim, run, steps_within
+from .job import arguments, claim, require_packages, run, steps_within
 from .starts import INITS, Start
 from .trainer import first_bad
 
@@ -137,7 +137,7 @@ def qlora(
     held_out None: a part of the data. original: the dense model of a quantized one, for the start "weighted". trainer: further transformers.TrainingArguments. resume: go on from
     the last checkpoint of OUT.train. Raises LowbitError before any work on bad input.
     """
-    _require_packages()
+    require_packages("accelerate", "peft", trainer=trainer)
     started, path, located = time.monotonic(), Path(output), locate(model, progress=progress)
     source = open_checkpoint(located)
     built = sk.build(source)
@@ -177,14 +177,6 @@ def qlora(
         _save(peft_model, path, provenance, compute, base=str(model) if own_base is None else str(own_base), overwrite=overwrite)
     shutil.rmtree(folder)
     return Adapter(path, own_base, provenance["held_out"]["curve"], provenance["losses"], time.monotonic() - started, provenance)
-
-
-def _require_packages() -> None:
-    for package in ("accelerate", "peft"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise missing_extra(package, "train", purpose="training") from None
 
 
 def _is_quantized(built: sk.Skeleton) -> bool:
@@ -313,7 +305,7 @@ class AdapterTrainer(Trainer):
         was = model.training
         model.eval()
         total, count = 0.0, 0
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             for index in range(len(rows)):
                 inputs = {name: value.unsqueeze(0).to(self.args.device) for name, value in rows[index].items()}
                 labels = inputs.pop("labels")[:, 1:].flatten()
@@ -326,7 +318,9 @@ class AdapterTrainer(Trainer):
 
 def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: Path, compute: torch.dtype, place: torch.device, seed: int, more: dict, progress: Progress) -> dict:
     """Train the adapter in place; the held-out loss before and after, its curve, and the training losses."""
-    from transformers import TrainingArguments
+    model.train()
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def one() -> None:
         for start in range(0, options.batch, options.micro):
@@ -340,17 +334,11 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
     steps = options.steps or max(1, math.ceil(options.epochs * len(train) / options.batch))
     if options.steps is None and options.minutes is not None:
         steps = steps_within(options.minutes, one, folder / "steps.json")
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(folder / "steps"), "max_steps": steps, "per_device_train_batch_size": options.micro, "gradient_accumulation_steps": options.batch // options.micro,
-            "learning_rate": options.lr, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": int(options.warmup * steps), "weight_decay": 0.0, "adam_beta2": 0.999,
-            "max_grad_norm": options.max_grad_norm, "bf16": compute == torch.bfloat16, "use_cpu": place.type == "cpu", "seed": seed, "data_seed": seed, "save_strategy": "steps",
-            "save_steps": options.eval_every, "save_total_limit": 2, "eval_strategy": "steps", "eval_steps": options.eval_every, "load_best_model_at_end": True,
-            "metric_for_best_model": "loss", "greater_is_better": False, "logging_steps": 1, "report_to": [], "remove_unused_columns": False, "label_names": ["labels"],
-            "gradient_checkpointing": options.gradient_checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "disable_tqdm": True, "dataloader_pin_memory": False, **more,
-        }
+    given = arguments(
+        folder / "steps", steps=steps, batch=options.batch, micro=options.micro, eval_every=options.eval_every, metric="loss", seed=seed, compute=compute, place=place, more=more,
+        learning_rate=options.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=int(options.warmup * steps), max_grad_norm=options.max_grad_norm, logging_steps=1, label_names=["labels"],
     )  # fmt: skip
-    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=train, eval_dataset=held)
+    trainer = AdapterTrainer(model=model, args=given, train_dataset=train, eval_dataset=held)
     before_file = folder / "before.json"
     if not before_file.exists():
         write_text(before_file, json.dumps(trainer.held_out_loss()))

@@ -30,7 +30,7 @@ class Rows(Dataset):
 
 
 class DistillationTrainer(Trainer):
-    """loss: "kl" (to teacher), "ce" or a share of cross-entropy in between. held_out: windows that the KL is measured on (key eval_kl), second half of each scored."""
+    """loss: the share of cross-entropy, beside the KL to teacher. held_out: windows that the KL is measured on (key eval_kl), second half of each scored."""
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, loss: float, lr_scales: float, held_out: Tensor, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -81,7 +81,7 @@ class DistillationTrainer(Trainer):
         model.eval()
         teacher: Any = self.teacher
         total, count = 0.0, 0
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):  # also before training, which patches the model with it
             for ids in self.held_out.to(self.args.device).split(1):
                 half = slice(ids.shape[1] // 2, ids.shape[1] - 1)
                 mine = model(input_ids=ids, use_cache=False).logits[:, half]

@@ -32,7 +32,8 @@ CHUNK = 1 << 18  # weights that are worked on at once, so that what lies between
 class View(nn.Module):
     """The view of one weight [out, in], made from its quantized tensor (what training starts from).
 
-    scales: "learned" (the numbers behind scales and zero-points are parameters; where a format has none, they stay), "fixed" (all stay as they are), or found anew from the weight
+    scales: "learned" (the numbers behind scales and zero-points are parameters; where a format has none, they stay; a parameter of 1 is the number at the start: scales are
+    multiplied by theirs, zero-points moved by theirs less 1, in codes, so that one learning rate suits all formats), "fixed" (all stay as they are), or found anew from the weight
     in every step: "minmax" (the format's plain rounding) or "mse" (integers: the range with the least squared error).
     """
 
@@ -52,7 +53,7 @@ class View(nn.Module):
         learned = affine.parameters_of(start) if scales == "learned" else {}
         self.learned = tuple(learned)
         for name, value in learned.items():
-            self.register_parameter(name, nn.Parameter(value.clone()))
+            self.register_parameter(name, nn.Parameter(torch.ones_like(value)))
             self.register_buffer(f"_start_{name}", value.clone(), persistent=False)
 
     def forward(self, W: Tensor) -> Tensor:
@@ -83,8 +84,12 @@ class View(nn.Module):
 
     def _stored(self) -> dict[str, Tensor]:
         """The learned numbers as the file stores them; gradients pass straight through that rounding."""
-        given = {name: getattr(self, name) for name in self.learned}
-        return {name: _Straight.apply(value, affine.stored(name, value.detach(), getattr(self, f"_start_{name}"), self.scheme)) for name, value in given.items()}
+        found = {}
+        for name in self.learned:
+            start, factor = getattr(self, f"_start_{name}"), getattr(self, name)
+            exact = start + (factor - 1) if name == "zero_point" else start * factor
+            found[name] = _Straight.apply(exact, affine.stored(name, exact.detach(), start, self.scheme))
+        return found
 
     @property
     def _search(self) -> RangeSearch:
