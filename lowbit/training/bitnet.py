@@ -42,7 +42,7 @@ from ..pipeline.selfgen import load_model
 from ..progress import SILENT, Progress
 from ..scheme import Rounding, Scheme
 from ..tensor import QuantizedTensor
-from .job import arguments, claim, require_packages, run
+from .job import arguments, claim, finish, refuse_float16, require_packages, run
 from .losses import cross_entropy
 from .modules import ActView, FakeQuantLinear
 from .prepare import matrices
@@ -148,6 +148,7 @@ def bitnet(
         refuse_existing(file, resume=resume, overwrite=overwrite or (resume and file.suffix == ".gguf"))  # a file that was written before the process ended
     place = resources.choose_device(device)
     compute = resources.choose_dtype(dtype, place)
+    refuse_float16(compute)
     folder = path.with_name(path.name + ".train")
     key = {"source": plan.key, "options": asdict(options), "gguf": gguf_type, "seed": seed, "dtype": str(compute), "data": data, "torch": torch.__version__}
     with readable_errors(path):
@@ -161,7 +162,7 @@ def bitnet(
         if gguf_type:
             write_output(as_gguf(made, gguf_type), "gguf", files["gguf"], progress, overwrite=overwrite or resume, base=base)
         write_output(made, "safetensors" if scheme is None else "bitnet", path, progress, overwrite=overwrite, base=base)
-    shutil.rmtree(folder)
+    finish(folder, path)
     seconds = time.monotonic() - began
     return Trained(path, curve, seconds, {"end": seconds}, provenance)
 

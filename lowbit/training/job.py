@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from ..checkpoints.safetensors import read_json, write_text
-from ..errors import JobError, missing_extra
+from ..errors import JobError, RecipeError, missing_extra
 from ..progress import Progress
 
 STEP_SHARE = 1.15  # of a step with optimizer, measurements and checkpoints, to one without
@@ -25,6 +25,12 @@ def require_packages(*packages: str, trainer: dict[str, Any] | None = None) -> N
     for package in (*packages, *(["tensorboard"] if "tensorboard" in ((trainer or {}).get("report_to") or ()) else [])):
         if find_spec(package) is None:
             raise missing_extra(package, "train", purpose="logging to TensorBoard" if package == "tensorboard" else "training")
+
+
+def refuse_float16(compute: torch.dtype) -> None:
+    """Raise RecipeError for a dtype whose gradients would need scaled losses."""
+    if compute == torch.float16:
+        raise RecipeError("training computes in bfloat16 or float32; float16 would need scaled losses. Give another --dtype.")
 
 
 def claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
@@ -41,6 +47,13 @@ def claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
         return
     folder.mkdir(parents=True)
     write_text(folder / "job.json", json.dumps(key, indent=1) + "\n")
+
+
+def finish(folder: Path, output: Path) -> None:
+    """Delete the folder of a training that is done; curves for TensorBoard go to OUT.runs."""
+    if (folder / "steps" / "runs").exists():
+        shutil.copytree(folder / "steps" / "runs", output.with_name(output.name + ".runs"), dirs_exist_ok=True)
+    shutil.rmtree(folder)
 
 
 def steps_within(minutes: float, step: Callable[[], None], file: Path) -> int:

@@ -35,7 +35,7 @@ from ..pipeline.setup import set_up
 from ..progress import SILENT, Progress
 from ..recipe import Calibration, Recipe
 from .blockwise import BlockOptions, Blockwise, load_masters
-from .job import arguments, claim, require_packages, run, steps_within
+from .job import arguments, claim, finish, refuse_float16, require_packages, run, steps_within
 from .losses import divergence
 from .prepare import matrices, prepare, refuse_untrainable
 from .save import as_checkpoint
@@ -88,6 +88,8 @@ class QatOptions:
             raise RecipeError(f"lr is {self.lr}, lr_scales {self.lr_scales} and warmup {self.warmup}; expected at least 0.")
         if self.batch < 1 or self.micro < 1 or self.batch % self.micro:
             raise RecipeError(f"batch is {self.batch} and micro {self.micro}; expected a multiple.")
+        if self.steps is not None and self.minutes is not None:
+            raise RecipeError(f"steps is {self.steps} and minutes {self.minutes}; expected one of them.")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def qat(
     matrices(setup.skeleton.model)  # which refuses what is not trained
     refuse_untrainable(setup.recipe, setup.plans)
     place, compute = setup.device, setup.dtype
+    refuse_float16(compute)
     windows = data_windows(located, data, options, seed, progress) if "end" in options.phases else None
     key = {
         "lowbit": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "accelerate": accelerate.__version__, "model": fingerprint(open_checkpoint(located)),
@@ -161,9 +164,7 @@ def qat(
         provenance = {**provenance, "training": {**asdict(options), "curve": curve, "lowbit": __version__, "transformers": transformers.__version__}}
         whole = lambda: write_text(folder / FINISHED, "{}\n")
         write_output(replace(made, provenance=provenance), draft.recipe.target, path, progress, overwrite=overwrite, base=base_name(model, located), whole=whole)
-    if (folder / "steps" / "runs").exists():
-        shutil.copytree(folder / "steps" / "runs", path.with_name(path.name + ".runs"), dirs_exist_ok=True)
-    shutil.rmtree(folder)
+    finish(folder, path)
     ended = time.monotonic()
     return Trained(path, curve, ended - started, {"start": begun - started, "end": ended - begun}, provenance)
 

@@ -45,7 +45,7 @@ from ..pipeline.quantize import fingerprint, quantize
 from ..progress import SILENT, Progress
 from . import adapters, starts
 from .chat import IGNORED, Document, Rows, pack, read_documents
-from .job import arguments, claim, require_packages, run, steps_within
+from .job import arguments, claim, finish, refuse_float16, require_packages, run, steps_within
 from .starts import INITS, Start
 from .trainer import first_bad
 
@@ -143,8 +143,7 @@ def qlora(
     built = sk.build(source)
     place = resources.choose_device(device)
     compute = resources.choose_dtype(dtype, place)
-    if compute == torch.float16:
-        raise RecipeError("an adapter is trained in bfloat16 or float32; float16 would need scaled losses. Give another --dtype.")
+    refuse_float16(compute)
     ready = _is_quantized(built)
     _refuse_contradictions(located, built, ready, recipe, original, options)
     refuse_existing(path, resume=resume, overwrite=overwrite)
@@ -175,7 +174,7 @@ def qlora(
             target = "lowbit" if draft is None or _has_conv1d(built) else draft.recipe.target
             write_output(open_checkpoint(base), target, own_base, progress, overwrite=overwrite or resume, base=base_name(model, located))
         _save(peft_model, path, provenance, compute, base=str(model) if own_base is None else str(own_base), overwrite=overwrite)
-    shutil.rmtree(folder)
+    finish(folder, path)
     return Adapter(path, own_base, provenance["held_out"]["curve"], provenance["losses"], time.monotonic() - started, provenance)
 
 

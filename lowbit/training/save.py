@@ -7,16 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import numerics
-from ..checkpoints import Checkpoint, LazyQuantized, LazyTensor, open_checkpoint
+from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint
 from ..errors import ModelError
 from ..models import skeleton as sk
 from ..pipeline.job import refuse_existing
 from ..pipeline.locate import base_name, locate
-from ..pipeline.output import readable_errors, refuse_own_input
+from ..pipeline.output import held, readable_errors, refuse_own_input
 from ..pipeline.output import write as write_output
 from ..progress import SILENT, Progress
 from ..recipe import Recipe
@@ -60,14 +59,10 @@ def as_checkpoint(model: PreTrainedModel, source: Checkpoint, provenance: dict) 
             if parameter in acts:
                 activations[name] = acts[parameter]
         else:
-            tensors[name] = _held(parameters[parameter].detach().to(entry.dtype).cpu())
+            tensors[name] = held(parameters[parameter].detach().to(entry.dtype).cpu())
     return replace(source, tensors=tensors, quantized=quantized, activations=activations, provenance=provenance)
 
 
 def _held_matrix(qt: QuantizedTensor, dtype: torch.dtype) -> LazyQuantized:
     kept = replace(qt, dtype=str(dtype).removeprefix("torch."), parts={name: part.cpu() for name, part in qt.parts.items()})
     return LazyQuantized(qt.scheme, qt.shape, dtype, lambda: kept, numerics.nbytes(qt.scheme, qt.shape))
-
-
-def _held(value: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(value.shape), value.dtype, lambda start, stop: value[start:stop].clone())

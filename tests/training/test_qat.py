@@ -152,7 +152,7 @@ def test_a_gguf_file_with_a_tied_embedding(model_folder, text_file, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    {"loss": 0.3}, {"scales": "minmax"}, {"scales": "fixed"}, {"gradient_checkpointing": True}, {"batch": 4, "micro": 2}, {"minutes": 0.001, "steps": 500, "eval_every": 100},
+    {"loss": 0.3}, {"scales": "minmax"}, {"scales": "fixed"}, {"gradient_checkpointing": True}, {"batch": 4, "micro": 2}, {"minutes": 0.001, "steps": None, "eval_every": 100},
 ], ids=lambda changes: "-".join(changes))  # fmt: skip
 def test_options(changes, folder, text_file, tmp_path):
     result = run(folder, tmp_path / "out", text_file, options=options(**{"phases": ("end",), "steps": 8, **changes}))
