@@ -89,12 +89,6 @@ class Adapter:
     def ranks(self) -> list[int]:
         return sorted({layer.rank for layer in self.layers.values()})
 
-    @property
-    def pool(self) -> int:
-        """Inputs that share a number in all layers; 1 where some layer is an ordinary one."""
-        found = {layer.pool for layer in self.layers.values()}
-        return found.pop() if len(found) == 1 else 1
-
 
 def open_adapter(path: Path) -> Adapter:
     """Open a folder of peft; reads headers, and every value once. CheckpointError for what is no LoRA adapter, contradicts itself, or is more than W + s B A."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -76,16 +78,46 @@ def read_texts(source: str, tokenizer) -> list[str]:
         return [default_text("calibration")]
     if source.startswith("dataset:"):
         return _dataset_texts(source.removeprefix("dataset:"), tokenizer)
+    if is_records(source):
+        return [_record_text(record, tokenizer, where) for where, record in json_records(source)]
+    return [_content(source)]
+
+
+def is_records(source: str) -> bool:
+    """Whether a source is a JSONL file."""
+    return not source.startswith("dataset:") and Path(source).suffix in (".jsonl", ".ndjson")
+
+
+def json_records(source: str) -> list[tuple[str, dict]]:
+    """The objects of a JSONL file, each with where it stands (for errors)."""
     path = Path(source)
+    return [(f"{path}, line {number}", _parse(line, path, number)) for number, line in enumerate(_content(source).split("\n"), 1) if line.strip()]
+
+
+def _content(source: str) -> str:
     try:
-        content = path.read_text(encoding="utf-8")
+        return Path(source).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f'calibration source {source!r} is no file; expected a .txt or .jsonl file, "default", "self" or "dataset:NAME".') from None
+        raise DataError(f'text source {source!r} is no file; expected a .txt or .jsonl file, "default", "self" or "dataset:NAME".') from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if path.suffix in (".jsonl", ".ndjson"):
-        return [_record_text(_parse(line, path, n), tokenizer, f"{path}, line {n}") for n, line in enumerate(content.split("\n"), 1) if line.strip()]
-    return [content]
+        raise DataError(f"{source} cannot be read as UTF-8 text: {error}") from error
+
+
+@contextmanager
+def template_errors(where: str) -> Iterator[None]:
+    """Whatever a chat template raises, as a DataError of the record that it refuses."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # a template is the model's own program: whatever it raises, the record is what to look at
+        raise DataError(f"{where}: the chat template refuses these messages: {error}") from error
+
+
+def require_template(tokenizer, where: str) -> None:
+    """Raise DataError where messages cannot be rendered."""
+    if not tokenizer.chat_template:
+        raise DataError(f"{where} holds messages, and this model's tokenizer has no chat template. Give plain text in a text field.")
 
 
 def _parse(line: str, path: Path, number: int) -> dict:
@@ -102,12 +134,9 @@ def _record_text(record: dict, tokenizer, where: str) -> str:
     if isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record.get("messages"), list):
-        if not tokenizer.chat_template:
-            raise DataError(f"{where} holds messages, and this model's tokenizer has no chat template. Give plain text in a text field.")
-        try:
+        require_template(tokenizer, where)
+        with template_errors(where):
             return tokenizer.apply_chat_template(record["messages"], tokenize=False)
-        except Exception as error:  # a template is the model's own program: whatever it raises, the record is what to look at
-            raise DataError(f"{where}: the chat template refuses these messages: {error}") from error
     raise DataError(f"{where} has the fields {sorted(record)}; expected text (a string) or messages (a list).")
 
 

@@ -29,7 +29,7 @@ from .. import __version__, numerics
 from ..checkpoints import Checkpoint, LazyQuantized, gguf, open_checkpoint
 from ..checkpoints import bitnet as layout
 from ..checkpoints.safetensors import read_json
-from ..errors import CheckpointError, LowbitError, RecipeError
+from ..errors import CheckpointError, LowbitError, RecipeError, foreign_errors
 from ..models import skeleton as sk
 from ..numerics import affine, ggml
 from ..pipeline import resources
@@ -187,13 +187,11 @@ def _from_scratch(given: Mapping[str, Any] | str | Path | None) -> _Plan:
     known = transformers.BitNetConfig().to_dict()
     if unknown := sorted(key for key in values if key not in known and key not in ("rope_theta", "rope_scaling", "head_dim", "architectures")):
         raise RecipeError(f"the configuration has {', '.join(unknown)}, which transformers' BitNetConfig does not know.")
-    try:
+    with foreign_errors("transformers makes no BitNet model of this configuration"):
         config = transformers.BitNetConfig(**{**values, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None})
         with torch.device("meta"):
             model = transformers.BitNetForCausalLM(config)
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
-    except Exception as error:  # the library raises many kinds for values that make no model
-        raise RecipeError(f"transformers makes no BitNet model of this configuration: {' '.join(str(error).split())}") from error
     full = {**config.to_dict(), "architectures": ["BitNetForCausalLM"], "dtype": "float32"}
     return _Plan(full, _shapes(model), full)
 
@@ -350,34 +348,24 @@ class BitNetTrainer(DistillationTrainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(given, lambda step: self.rate(step) / base)
         return self.lr_scheduler
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **more: Any) -> dict[str, float]:
+    def measure(self) -> tuple[str, float]:
         model: Any = self.model
         phases = {module: module.phase for module in model.modules() if isinstance(module, FakeQuantLinear)}
         set_phase(model, 1.0)
         try:
-            return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **more) if self.teacher is not None else self._cross_entropy(f"{metric_key_prefix}_loss")
+            return super().measure() if self.teacher is not None else ("loss", self._cross_entropy())
         finally:
             for module, phase in phases.items():
                 module.phase = phase
 
-    @torch.no_grad()
-    def _cross_entropy(self, key: str) -> dict[str, float]:
+    def _cross_entropy(self) -> float:
         model: Any = self.model
-        was, total = model.training, 0.0
-        model.eval()
-        for ids in self.held_out.split(self.args.per_device_train_batch_size):
-            ids = ids.to(self.args.device)
-            with self.compute_loss_context_manager():
-                total += float(cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)) * len(ids)
-        model.train(was)
-        found = {key: total / len(self.held_out)}
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        parts = self.held_out.split(self.args.per_device_train_batch_size)
+        return sum(float(cross_entropy(model(input_ids=ids.to(self.args.device), use_cache=False).logits, ids.to(self.args.device))) * len(ids) for ids in parts) / len(self.held_out)
 
 
 class _Stages(transformers.TrainerCallback):
-    """The phase of the rounding, weight decay off in the second half, a measurement at the end."""
+    """The phase of the rounding, and weight decay off in the second half."""
 
     def __init__(self, model: nn.Module, options: BitNetOptions, steps: int) -> None:
         self.model, self.options, self.steps = model, options, steps
@@ -387,10 +375,6 @@ class _Stages(transformers.TrainerCallback):
         if 2 * state.global_step >= self.steps:
             for group in optimizer.param_groups:
                 group["weight_decay"] = 0.0
-
-    def on_step_end(self, args, state, control, **_: Any) -> None:
-        if state.global_step >= self.steps:
-            control.should_evaluate = control.should_save = True
 
 
 # ------------------------------------------------------------------------------------------------------------------ the files

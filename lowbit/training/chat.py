@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError, foreign_errors
-from ..pipeline.calibration import _parse, bos_id, read_texts
+from ..pipeline.calibration import bos_id, is_records, json_records, read_texts, require_template, template_errors
 
 IGNORED = -100  # the label of a token that is not learned, as transformers has it
 
@@ -53,29 +52,18 @@ def read_documents(source: str, tokenizer, *, length: int) -> tuple[list[Documen
 
     Text is cut into pieces, the rest of a conversation that is too long is left out. Raises DataError for what cannot be read or holds nothing to learn.
     """
-    if Path(source).suffix in (".jsonl", ".ndjson") and not source.startswith("dataset:"):
-        documents = [document for where, record in _records(Path(source)) for document in _of_record(record, tokenizer, where, length)]
+    if is_records(source):
+        documents = [document for where, record in json_records(source) for document in _of_record(record, tokenizer, where, length)]
     else:
         documents = [piece for text in read_texts(source, tokenizer) for piece in _of_text(text, tokenizer, length)]
-    whole = [document for document in documents if len(document.ids) <= length]
-    cut = [Document(document.ids[:length], document.learned[:length]) for document in documents if len(document.ids) > length]
-    found = [document for document in (*whole, *cut) if any(document.learned[1:])]
+    cut = sum(len(document.ids) > length for document in documents)
+    found = [document for document in (Document(each.ids[:length], each.learned[:length]) for each in documents) if any(document.learned[1:])]
     if not found:
         raise DataError(f"{source} holds nothing to learn: no text of two tokens, no answer of an assistant within the first {length} tokens of a conversation.")
-    notes = [f"{len(cut)} of {len(documents)} conversations are longer than {length} tokens; what follows was left out. More of them: --seq-len."] if cut else []
+    notes = [f"{cut} of {len(documents)} conversations are longer than {length} tokens; what follows was left out. More of them: --seq-len."] if cut else []
     if empty := len(documents) - len(found):
         notes.append(f"{empty} of {len(documents)} documents hold nothing to learn and were left out.")
     return found, notes
-
-
-def _records(path: Path) -> list[tuple[str, dict]]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"the training data {path} does not exist; expected a .txt or .jsonl file (text or messages).") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    return [(f"{path}, line {number}", _parse(line, path, number)) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
 def _of_record(record: dict, tokenizer, where: str, length: int) -> list[Document]:
@@ -86,8 +74,7 @@ def _of_record(record: dict, tokenizer, where: str, length: int) -> list[Documen
         raise DataError(f"{where} has the fields {sorted(record)}; expected text (a string) or messages (a list).")
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
         raise DataError(f"{where}: messages is a list of objects with role and content; found {messages!r:.100}.")
-    if not tokenizer.chat_template:
-        raise DataError(f"{where} holds messages, and this model's tokenizer has no chat template. Give plain text in a text field.")
+    require_template(tokenizer, where)
     return [conversation(messages, tokenizer, where, tools=record.get("tools"))]
 
 
@@ -107,16 +94,12 @@ def conversation(messages: list[dict], tokenizer, where: str, *, tools: Any = No
     Where the template marks them ({% generation %}), as it does; else an answer is what rendering it adds to the conversation so far and its prompt for an answer.
     """
     render = lambda upto, **more: tokenizer.apply_chat_template(messages[:upto], tools=tools, tokenize=False, **more)
-    try:
+    with template_errors(where):
         if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
             made = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             return Document(list(made["input_ids"]), [bool(kept) for kept in made["assistant_masks"]])
         text = render(len(messages))
         spans = [_span(render, text, place, where) for place, message in enumerate(messages) if message["role"] == "assistant"]
-    except DataError:
-        raise
-    except Exception as error:  # a template is the model's own program: whatever it raises, the record is what to look at
-        raise DataError(f"{where}: the chat template refuses these messages: {error}") from error
     if not tokenizer.is_fast:
         raise DataError(f"{where}: this model's tokenizer does not say where its tokens lie in the text, by which answers are found. Its template would need {{% generation %}}, or give plain text.")
     with foreign_errors("the model's tokenizer fails on this text"):

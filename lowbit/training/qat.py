@@ -190,7 +190,8 @@ def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, opti
     start, source = open_checkpoint(begun), open_checkpoint(located)
     skeleton = sk.build(source)
     resources.require_memory(int(skeleton.parameter_count() * (16 + compute.itemsize) * 1.1), purpose="Training all weights (masters, gradients, two moments of AdamW, the original)")
-    student = _with_training_dtype(load_model(sk.build(source), torch.float32, place))
+    student = load_model(sk.build(source), torch.float32, place)
+    student.requires_grad_(True).train()
     recipe = recipe_of(start.provenance)
     prepare(student, recipe, scales=options.scales, start=start)
     masters = load_masters(folder / "masters")
@@ -211,7 +212,7 @@ def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, opti
     trainer = DistillationTrainer(
         model=student, args=given, train_dataset=Rows(train), eval_dataset=Rows(held), teacher=teacher, loss=options.loss, lr_scales=options.lr_scales, held_out=held,
     )  # fmt: skip
-    first = trainer.evaluate()["eval_kl"]
+    _, first = trainer.measured()
     run(trainer, folder / "steps", progress)
     history = [(int(entry["step"]), float(entry["eval_kl"])) for entry in trainer.state.log_history if "eval_kl" in entry]
     curve = [(0, first), *[pair for pair in history if pair[0]]]
@@ -248,8 +249,3 @@ def recipe_of(provenance: dict) -> Recipe:
     data["rules"] = tuple(Rule(rule["match"], None if rule["scheme"] is None else Scheme.from_dict(rule["scheme"]), rule["algorithm"], rule["options"]) for rule in data["rules"])
     data["calibration"] = from_dict(Calibration, data["calibration"], where="calibration")
     return from_dict(Recipe, data, where="recipe")
-
-
-def _with_training_dtype(model: nn.Module) -> Any:
-    model.requires_grad_(True)
-    return model.train()

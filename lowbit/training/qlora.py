@@ -24,7 +24,6 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
@@ -47,7 +46,7 @@ from . import adapters, starts
 from .chat import IGNORED, Document, Rows, pack, read_documents
 from .job import arguments, claim, finish, refuse_float16, require_packages, run, steps_within
 from .starts import INITS, Start
-from .trainer import first_bad
+from .trainer import MeasuringTrainer
 
 DEFAULT_RECIPE = "nf4-dq"
 HELD_OUT = 8  # windows' worth of the data that is measured and not trained on, at most a tenth of it
@@ -281,38 +280,26 @@ def _attached(base: Path, start: Start | None, options: QloraOptions, compute: t
     return adapters.attach(model, rank=options.rank, alpha=options.scale, dropout=options.dropout, seed=seed, transposed=transposed, start=start)
 
 
-class AdapterTrainer(Trainer):
-    """The Trainer with a held-out loss per learned token (key eval_loss), and an end with a sentence when the loss is not finite."""
+class AdapterTrainer(MeasuringTrainer):
+    """Measured is the held-out loss per learned token (key eval_loss)."""
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        loss = found[0] if return_outputs else found
-        if not bool(torch.isfinite(loss)):
-            raise ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(model, inputs['input_ids'])}. Lower the learning rate, or compute in float32 (--dtype float32).")
+        self.refuse_not_finite(model, inputs["input_ids"], found[0] if return_outputs else found)
         return found
 
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+    def measure(self) -> tuple[str, float]:
         """Mean of -log p over the learned tokens of the held-out windows, in nats."""
-        found = {f"{metric_key_prefix}_loss": self.held_out_loss()}
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
-
-    def held_out_loss(self) -> float:
         model: Any = self.model
         rows: Any = self.eval_dataset
-        was = model.training
-        model.eval()
         total, count = 0.0, 0
-        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
-            for index in range(len(rows)):
-                inputs = {name: value.unsqueeze(0).to(self.args.device) for name, value in rows[index].items()}
-                labels = inputs.pop("labels")[:, 1:].flatten()
-                logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
-                total += float(nn.functional.cross_entropy(logits[labels != IGNORED].float(), labels[labels != IGNORED], reduction="sum"))
-                count += int((labels != IGNORED).sum())
-        model.train(was)
-        return total / max(1, count)
+        for index in range(len(rows)):
+            inputs = {name: value.unsqueeze(0).to(self.args.device) for name, value in rows[index].items()}
+            labels = inputs.pop("labels")[:, 1:].flatten()
+            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+            total += float(nn.functional.cross_entropy(logits[labels != IGNORED].float(), labels[labels != IGNORED], reduction="sum"))
+            count += int((labels != IGNORED).sum())
+        return "loss", total / max(1, count)
 
 
 def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: Path, compute: torch.dtype, place: torch.device, seed: int, more: dict, progress: Progress) -> dict:
@@ -340,14 +327,14 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
     trainer = AdapterTrainer(model=model, args=given, train_dataset=train, eval_dataset=held)
     before_file = folder / "before.json"
     if not before_file.exists():
-        write_text(before_file, json.dumps(trainer.held_out_loss()))
+        write_text(before_file, json.dumps(trainer.measured()[1]))
     before = json.loads(before_file.read_text())
     run(trainer, folder / "steps", progress)
     adapters.round_(model, compute)
     history = trainer.state.log_history
     curve = [(0, before), *((int(entry["step"]), float(entry["eval_loss"])) for entry in history if "eval_loss" in entry)]
     losses = [(int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry]
-    return {"held_out": {"before": before, "after": trainer.held_out_loss(), "curve": curve}, "losses": losses, "steps": trainer.state.global_step}
+    return {"held_out": {"before": before, "after": trainer.measured()[1], "curve": curve}, "losses": losses, "steps": trainer.state.global_step}
 
 
 def _save(model: Any, path: Path, provenance: dict, compute: torch.dtype, *, base: str, overwrite: bool) -> None:

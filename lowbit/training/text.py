@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..checkpoints.safetensors import sync
 from ..errors import DataError, foreign_errors
-from ..pipeline.calibration import read_texts
+from ..pipeline.calibration import is_records, read_texts
 
 END = "<|end|>"  # stands after each text
 PIECE = 1 << 20  # characters of a text file that are read at once
@@ -38,7 +38,7 @@ def train_tokenizer(data: str, vocabulary: int) -> transformers.PreTrainedTokeni
 def pieces(data: str, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """What data holds, piece by piece, and whether a text ends there. A text file is read in pieces that end with a line; all else as calibration reads it."""
     path = Path(data)
-    if data == "default" or data.startswith("dataset:") or path.suffix in (".jsonl", ".ndjson") or not path.is_file():
+    if data == "default" or data.startswith("dataset:") or is_records(data) or not path.is_file():
         yield from ((text, True) for text in read_texts(data, tokenizer or _Plain()))
         return
     try:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for models that are distilled from their original: loss, learning rates of weights and scales, the held-out KL."""
+"""transformers' Trainer for what is trained here: a measurement of one number, models that are distilled from their original, the layer that a NaN comes from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from ..errors import FormatError, ModelError
 from .losses import cross_entropy, divergence
@@ -29,22 +29,53 @@ class Rows(Dataset):
         return {"input_ids": self.ids[index]}
 
 
-class DistillationTrainer(Trainer):
+class MeasuringTrainer(Trainer):
+    """A Trainer whose evaluation is one number on held-out data."""
+
+    def measure(self) -> tuple[str, float]:
+        """Its name and value; called in evaluation mode, without gradients, under the autocast of training."""
+        raise NotImplementedError
+
+    def measured(self) -> tuple[str, float]:
+        """measure, also before training, which only then patches the model with its autocast; nothing is logged."""
+        model: Any = self.model
+        was = model.training
+        model.eval()
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            found = self.measure()
+        model.train(was)
+        return found
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        name, value = self.measured()
+        found = {f"{metric_key_prefix}_{name}": value}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def refuse_not_finite(self, model: nn.Module, ids: Tensor, loss: Tensor | None = None, cause: Exception | None = None) -> None:
+        """Raise ModelError, naming the layer, for a loss that is not finite (None: it was not even computed)."""
+        if loss is None or not bool(torch.isfinite(loss)):
+            raise ModelError(
+                f"the loss is not finite at step {self.state.global_step}: {first_bad(model, ids)}. Lower the learning rates, or compute in float32 (--dtype float32)."
+            ) from cause
+
+
+class DistillationTrainer(MeasuringTrainer):
     """loss: the share of cross-entropy, beside the KL to teacher. held_out: windows that the KL is measured on (key eval_kl), second half of each scored."""
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, loss: float, lr_scales: float, held_out: Tensor, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.remove_callback(PrinterCallback)  # stdout is for results
         self.teacher, self.share, self.lr_scales, self.held_out = teacher, loss, lr_scales, held_out
         self.model_accepts_loss_kwargs = False
-        self._reference: list[Tensor] | None = None
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         ids = inputs["input_ids"]
         try:
             output = model(input_ids=ids, use_cache=False)
         except FormatError as error:
-            raise self._not_finite(model, ids) from error
+            self.refuse_not_finite(model, ids, cause=error)
+            raise
         logits = output.logits
         total = logits.new_zeros((), dtype=torch.float32)
         if self.share < 1:
@@ -53,12 +84,8 @@ class DistillationTrainer(Trainer):
             total = total + (1 - self.share) * divergence(logits, goal)
         if self.share > 0:
             total = total + self.share * cross_entropy(logits, ids)
-        if not bool(torch.isfinite(total)):
-            raise self._not_finite(model, ids)
+        self.refuse_not_finite(model, ids, total)
         return (total, output) if return_outputs else total
-
-    def _not_finite(self, model: nn.Module, ids: Tensor) -> ModelError:
-        return ModelError(f"the loss is not finite at step {self.state.global_step}: {first_bad(model, ids)}. Lower the learning rates, or compute in float32 (--dtype float32).")
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """Weights and the rest at args.learning_rate, scales and zero-points at lr_scales; nothing decays but the masters, if asked for."""
@@ -74,24 +101,15 @@ class DistillationTrainer(Trainer):
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon)
         return self.optimizer
 
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Mean KL to the original on the held-out windows."""
+    def measure(self) -> tuple[str, float]:
+        """Mean KL to the original on the held-out windows, second half of each."""
         model: Any = self.model
-        was = model.training
-        model.eval()
         teacher: Any = self.teacher
-        total, count = 0.0, 0
-        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):  # also before training, which patches the model with it
-            for ids in self.held_out.to(self.args.device).split(1):
-                half = slice(ids.shape[1] // 2, ids.shape[1] - 1)
-                mine = model(input_ids=ids, use_cache=False).logits[:, half]
-                total += float(divergence(mine, teacher(input_ids=ids, use_cache=False).logits[:, half]))
-                count += 1
-        model.train(was)
-        found = {f"{metric_key_prefix}_kl": total / max(1, count)}
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        total = 0.0
+        for ids in self.held_out.to(self.args.device).split(1):
+            half = slice(ids.shape[1] // 2, ids.shape[1] - 1)
+            total += float(divergence(model(input_ids=ids, use_cache=False).logits[:, half], teacher(input_ids=ids, use_cache=False).logits[:, half]))
+        return "kl", total / len(self.held_out)
 
 
 def first_bad(model: nn.Module, ids: Tensor) -> str:

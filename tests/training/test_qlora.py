@@ -307,7 +307,7 @@ def test_weighted_start_of_a_quantized_base(run, model_folder, tmp_path, text_fi
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
-        (DataError, {"data": "nowhere.jsonl"}, "does not exist"),
+        (DataError, {"data": "nowhere.jsonl"}, "is no file"),
         (RecipeError, {"init": "pissa"}, "default, loftq, weighted"),
         (RecipeError, {"rank": 0}, "rank of at least 1"),
         (RecipeError, {"batch": 3, "micro": 2}, "multiple"),
