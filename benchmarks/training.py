@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,13 +40,13 @@ SETTINGS = {
 }
 SECONDS_PER_EPOCH = 130  # of the block phase, 64 windows of 512 tokens of SmolLM2, measured
 MAKE = """
-import json, sys, lowbit
+import json, resource, sys, lowbit
 arguments = json.loads(sys.argv[1])
 made = lowbit.quantize(arguments["model"], arguments["recipe"], arguments["out"], target_name=arguments["target"], calibration=arguments["data"], n_samples=64, seq_len=512, overwrite=True)
-print(json.dumps({"seconds": made.seconds}))
+print(json.dumps({"seconds": made.seconds, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 """
 TRAIN = """
-import json, sys
+import json, resource, sys
 from pathlib import Path
 from lowbit.training.blockwise import BlockOptions
 from lowbit.training.qat import QatOptions, qat
@@ -58,7 +57,7 @@ options = QatOptions(
 )
 work = Path(a["out"] + ".train")
 made = qat(a["model"], a["recipe"], a["out"], data=a["data"], target_name=a["target"], options=options, resume=work.exists())
-print(json.dumps({"seconds": made.seconds, "phase_seconds": made.phase_seconds, "curve": made.curve}))
+print(json.dumps({"seconds": made.seconds, "phase_seconds": made.phase_seconds, "curve": made.curve, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 """
 
 
@@ -77,7 +76,7 @@ def main() -> None:
     if a.markdown:
         print(markdown(rows))
         return
-    done = {(row["name"], row["what"]) for row in rows}
+    done = {(row["name"], row["what"]) for row in rows if row["model"] == Path(a.model).name}
     whats = ["rounding", "post-training", *(f"{minutes:g} minutes" for minutes in a.minutes)]
     todo = [(name, what) for name in FORMATS if a.only in (None, name) for what in whats if (name, what) not in done]
     if a.list:
@@ -111,7 +110,7 @@ def run(code: str, arguments: dict) -> dict:
     made = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], stdout=subprocess.PIPE, text=True)
     if made.returncode:
         raise SystemExit(made.returncode)
-    return {**json.loads(made.stdout.splitlines()[-1]), "peak_rss_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+    return json.loads(made.stdout.splitlines()[-1])
 
 
 def measured(a: argparse.Namespace, out: Path) -> dict:

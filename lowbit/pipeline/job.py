@@ -109,9 +109,7 @@ class Job:
 
     def save_tensors(self, part: str, tensors: dict[str, Tensor]) -> None:
         """Store plain tensors, whole or not at all."""
-        sibling = self.folder / f"{part}.tmp"
-        _save_file(tensors, sibling)
-        os.replace(sibling, self.folder / f"{part}.safetensors")
+        save_tensors(tensors, self.folder / f"{part}.safetensors")
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """What save_tensors stored."""
@@ -139,15 +137,17 @@ class Job:
         self.folder.rmdir()
 
 
-def _save_file(tensors: dict, path: Path) -> None:
-    """safetensors' save_file, synced; OSError where it says in words that the system refused."""
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' save_file, whole or not at all, and synced; OSError where it says in words that the system refused."""
+    sibling = path.with_suffix(".tmp")
     try:
-        save_file(tensors, path)
+        save_file(tensors, sibling)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
-    sync(path)
+    sync(sibling)
+    os.replace(sibling, path)
 
 
 def _lazy(stored: dict, name: str, scheme: Scheme, shape: tuple[int, int], dtype: str) -> LazyQuantized:

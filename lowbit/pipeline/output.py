@@ -76,7 +76,15 @@ def write(
         except BaseException:
             _delete(draft)
             raise
-    aside = overwrite and output.exists() and (output.is_dir() or draft.is_dir())  # a file replaces a file in one step
+    publish(draft, output)
+    if not folder:
+        write_text(card_path(output, True), card)
+
+
+def publish(draft: Path, output: Path) -> None:
+    """Give a file or folder that is whole its name; what had that name is there until then, and again if that fails."""
+    old = output.with_name(output.name + ".old")
+    aside = output.exists() and (output.is_dir() or draft.is_dir())  # a file replaces a file in one step
     if aside:
         _delete(old)
         os.replace(output, old)
@@ -88,8 +96,6 @@ def write(
         raise
     if aside:
         _delete(old)
-    if not folder:
-        write_text(card_path(output, True), card)
 
 
 def _delete(path: Path) -> None:

@@ -66,6 +66,7 @@ def quantize(
     max_shard_size: int | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    windows: Windows | None = None,
     refinement: Refinement | None = None,
     progress: Progress = SILENT,
 ) -> Result:
@@ -78,6 +79,7 @@ def quantize(
     calibration, n_samples, seq_len, seed: override the recipe's. imatrix: a file with llama.cpp's importance matrix, for plain rounding without calibration.
     dtype: of the computation ("bfloat16", "float32"; None: what is fast here).
     max_shard_size: of a file, in bytes or as "5GB"; a GGUF then becomes a folder of several. None: 4.5 GB, a GGUF in one file.
+    windows: the calibration windows themselves, in place of what calibration, n_samples and seq_len say.
     refinement: what is done with each block after its algorithm (lowbit.training.blockwise).
     resume: go on with a job that was stopped; the result has the bytes of an undisturbed run.
     Raises LowbitError (a subclass says of what kind) before any work on bad input; earlier results are left as they are.
@@ -96,7 +98,7 @@ def quantize(
         with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch, readable_errors(output):
             tokenizer_needed = bool(setup.needs) or setup.checkpoint.kind == "gguf"
             tokenizer = load_tokenizer(setup.checkpoint, Path(scratch)) if tokenizer_needed else None
-            windows = windows_of(setup, tokenizer) if setup.needs else None
+            windows = (windows or windows_of(setup, tokenizer)) if setup.needs else None
             check_resources(setup, windows, output, resumed=resume and work_folder(output).exists())
             refuse_damaged(setup)
             job = Job(output, {**job_key(setup, windows), "max_shard_size": shard_bytes}, resume=resume, overwrite=overwrite)
@@ -155,22 +157,28 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([described, checkpoint.config], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def job_key(setup: Setup, windows: Windows | None) -> dict:
-    """What must be the same for a job to be resumed."""
-    weights = weight_files(setup.checkpoint.path)
+def model_key(checkpoint: Checkpoint, place: torch.device, dtype: torch.dtype) -> dict:
+    """What must be the same for any job to be resumed: model, versions, machine."""
     return {
         "lowbit": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "model": fingerprint(setup.checkpoint),
-        "weights": sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights),
+        "model": fingerprint(checkpoint),
+        "weights": sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weight_files(checkpoint.path)),
+        "dtype": str(dtype),
+        "device": place.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def job_key(setup: Setup, windows: Windows | None) -> dict:
+    """What must be the same for a job to be resumed."""
+    return {
+        **model_key(setup.checkpoint, setup.device, setup.dtype),
         "recipe": setup.recipe.to_dict(),
         "refinement": setup.refinement and setup.refinement.settings(),
         **({"merged": setup.checkpoint.provenance["merged"]} if "merged" in setup.checkpoint.provenance else {}),
         "data": windows.digest if windows else setup.imatrix and setup.imatrix["sha256"],
-        "dtype": str(setup.dtype),
-        "device": setup.device.type,
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -298,7 +298,7 @@ def histogram(title: str, counts: list[int], reach: str, class_: str) -> Html:
     )  # fmt: skip
 
 
-def curve(title: str, points: list[tuple[int, float]], *, width: int = 640, height: int = 220) -> Html:
+def curve(title: str, axis: str, points: list[tuple[int, float]], *, width: int = 640, height: int = 220) -> Html:
     """A measured number (from 0 up) against the step of training, with a dot at each measurement."""
     area = Box(50, 24, width - 14, height - 40)
     last = max((step for step, _ in points), default=0) or 1
@@ -310,7 +310,7 @@ def curve(title: str, points: list[tuple[int, float]], *, width: int = 640, heig
         width, height, title,
         tag("path", d="".join(f"M{area.left:g} {y(v):.1f}H{area.right:g}" for v in scale), class_="grid"),
         [tag("text", f"{v:g}", x=f"{area.left - 7:g}", y=f"{y(v) + 4:.1f}", class_="tick end") for v in scale],
-        tag("text", "held-out KL, nats", x="2", y="12", class_="axis"),
+        tag("text", axis, x="2", y="12", class_="axis"),
         tag("path", d=line, class_="frontier") if line else None,
         [tag("circle", tag("title", f"step {step:,}: {significant(value)}"), cx=f"{x(step):.1f}", cy=f"{y(value):.1f}", r="4", class_="dot") for step, value in points],
         tag("path", d=f"M{area.left:g} {area.bottom:g}H{area.right:g}", class_="base"),

@@ -43,8 +43,9 @@ def _training(training: dict | None) -> Html | None:
     if not points:
         return None
     (_, first), (best_step, best) = points[0], min(points, key=lambda point: point[1])
-    words = f"Mean KL divergence to the original on windows of the data that were not trained on: {significant(first)} at the start, {significant(best)} at step {best_step:,}, which was kept."
-    return join(tag("h3", "Training"), tag("p", words, class_="say"), tag("figure", charts.curve("Held-out KL divergence over the steps of training", points)))
+    what, axis = ("Cross-entropy", "loss") if (training or {}).get("metric") == "loss" else ("Mean KL divergence to the original", "KL")
+    words = f"{what} on windows of the data that were not trained on: {significant(first)} at step {points[0][0]:,}, {significant(best)} at step {best_step:,}, which was kept."
+    return join(tag("h3", "Training"), tag("p", words, class_="say"), tag("figure", charts.curve(f"Held-out {axis} over the steps of training", f"held-out {axis}, nats", points)))
 
 
 def _unknown() -> Html:

@@ -37,17 +37,17 @@ from ..pipeline.job import refuse_existing
 from ..pipeline.locate import base_name, load_tokenizer, locate
 from ..pipeline.output import readable_errors, refuse_own_input
 from ..pipeline.output import write as write_output
-from ..pipeline.quantize import fingerprint
+from ..pipeline.quantize import model_key
 from ..pipeline.selfgen import load_model
 from ..progress import SILENT, Progress
 from ..scheme import Rounding, Scheme
 from ..tensor import QuantizedTensor
-from .job import arguments, claim, finish, refuse_float16, require_packages, run
+from .job import arguments, claim, finish, is_finished, refuse_float16, require_one_process, require_packages, run, whole
 from .losses import cross_entropy
-from .modules import ActView, FakeQuantLinear
+from .modules import ActView, FakeQuantLinear, as_stored
 from .prepare import matrices
 from .qat import Trained
-from .save import as_checkpoint
+from .save import as_checkpoint, stored_dtypes
 from .text import split, train_tokenizer, write_tokens
 from .trainer import DistillationTrainer
 from .views import View
@@ -144,24 +144,33 @@ def bitnet(
     plan = _from_model(locate(model, progress=progress), config) if model is not None else _from_scratch(config)
     _refuse(plan, options, path, gguf_type, progress)
     files = {"folder": path, **({"gguf": _gguf_path(path)} if gguf_type else {})}
+    folder = path.with_name(path.name + ".train")
+    if resume and is_finished(folder, path):
+        provenance = open_checkpoint(path).provenance
+        return Trained(path, [(step, value) for step, value in provenance["training"]["curve"]], time.monotonic() - began, {}, provenance)
     for file in files.values():
         refuse_existing(file, resume=resume, overwrite=overwrite or (resume and file.suffix == ".gguf"))  # a file that was written before the process ended
     place = resources.choose_device(device)
     compute = resources.choose_dtype(dtype, place)
     refuse_float16(compute)
-    folder = path.with_name(path.name + ".train")
-    key = {"source": plan.key, "options": asdict(options), "gguf": gguf_type, "seed": seed, "dtype": str(compute), "data": data, "torch": torch.__version__}
+    require_one_process()
+    known = {"config": plan.config, "torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(compute), "device": place.type, "threads": torch.get_num_threads()}
+    key = {
+        **(known if plan.folder is None else model_key(open_checkpoint(plan.folder), place, compute)), "options": asdict(options), "gguf": gguf_type, "seed": seed, "trainer": trainer or {},
+        "data": {"name": str(data), "bytes": Path(data).stat().st_size, "changed": Path(data).stat().st_mtime_ns},
+    }  # fmt: skip
     with readable_errors(path):
         claim(folder, key, resume=resume, overwrite=overwrite)
         start = plan.folder or _begin(folder / "start", plan.config, data, seed)
         scheme = None if options.weights == "full" else scheme_of(options.weights, _scale_dtype(plan.config, gguf_type))
         made, curve = _train(start, folder, scheme, options, data, seed, place, compute, plan.folder is not None, trainer or {}, progress)
-        provenance = {"lowbit": __version__, "recipe": {"name": "bitnet"}, "training": {**asdict(options), "seed": seed, "curve": curve, "transformers": transformers.__version__}}
-        made = replace(made, provenance={"lowbit": __version__, "training": provenance["training"]} if scheme is None else provenance)
+        training = {**asdict(options), "seed": seed, "metric": "kl" if options.loss < 1 else "loss", "curve": curve, "transformers": transformers.__version__}
+        provenance = {"lowbit": __version__, **({} if scheme is None else {"recipe": {"name": "bitnet"}}), "training": training}
+        made = replace(made, provenance=provenance)
         base = path.name if model is None else base_name(model, start)
         if gguf_type:
             write_output(as_gguf(made, gguf_type), "gguf", files["gguf"], progress, overwrite=overwrite or resume, base=base)
-        write_output(made, "safetensors" if scheme is None else "bitnet", path, progress, overwrite=overwrite, base=base)
+        write_output(made, "safetensors" if scheme is None else "bitnet", path, progress, overwrite=overwrite, base=base, whole=lambda: whole(folder))
     finish(folder, path)
     seconds = time.monotonic() - began
     return Trained(path, curve, seconds, {"end": seconds}, provenance)
@@ -176,7 +185,6 @@ class _Plan:
 
     config: dict
     shapes: dict[str, tuple[int, int]]
-    key: Any
     folder: Path | None = None
 
 
@@ -193,7 +201,7 @@ def _from_scratch(given: Mapping[str, Any] | str | Path | None) -> _Plan:
             model = transformers.BitNetForCausalLM(config)
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
     full = {**config.to_dict(), "architectures": ["BitNetForCausalLM"], "dtype": "float32"}
-    return _Plan(full, _shapes(model), full)
+    return _Plan(full, _shapes(model))
 
 
 def configuration(given: Mapping[str, Any] | str | Path | None, sizes: Mapping[str, Any] | None = None) -> dict:
@@ -211,7 +219,7 @@ def _from_model(path: Path, config: object) -> _Plan:
     if config is not None:
         raise RecipeError("an existing model has its configuration; give sizes or a configuration only without one.")
     checkpoint = open_checkpoint(path)
-    return _Plan(checkpoint.config, _shapes(sk.build(checkpoint).model), fingerprint(checkpoint), path)
+    return _Plan(checkpoint.config, _shapes(sk.build(checkpoint).model), path)
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, int]]:
@@ -314,6 +322,7 @@ def _train(
     student.requires_grad_(True).train()
     if scheme is not None:
         fake_quantize(student, scheme)
+    as_stored(student, stored_dtypes(skeleton, "bitnet"))
     teacher = load_model(sk.build(source), compute, place) if options.loss < 1 else None
     steps = options.steps or max(1, int(options.epochs * len(train)) // options.batch)
     micro = options.micro or options.batch
@@ -330,7 +339,7 @@ def _train(
     run(trainer, folder / "steps", progress)
     name = f"eval_{'loss' if teacher is None else 'kl'}"
     curve = [(int(entry["step"]), float(entry[name])) for entry in trainer.state.log_history if name in entry]
-    made = as_checkpoint(student, source, {})
+    made = as_checkpoint(student, source, "bitnet", {})
     return replace(made, quantized={name: _ternary(entry) for name, entry in made.quantized.items()}), curve
 
 

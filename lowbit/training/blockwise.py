@@ -1,27 +1,31 @@
 """The first phase of training: one block after the other, weights and scales, on the error of the block's output.
 
 Chen et al., "EfficientQAT", arXiv:2407.11062, section 3.2 (Block-AP). It begins where the post-training algorithm has stopped in that block, streams as quantization does and
-holds one block. The first token of a window is left out of the error: its hidden state is hundreds of times larger than the others' and would carry all of it.
+holds one block. Inputs that are rounded per token are rounded here, too; a static scale is found after the block was trained. The first token of a window is left out of the
+error: its hidden state is hundreds of times larger than the others' and would carry all of it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import numerics
+from ..checkpoints import LazyTensor
 from ..checkpoints.safetensors import open_file
 from ..errors import ModelError, RecipeError
 from ..models.linears import Linear, get_weight
 from ..pipeline.hidden import HiddenStates
+from ..pipeline.job import save_tensors
 from ..pipeline.streaming import Streamer
+from ..scheme import Rounding
 from ..tensor import QuantizedTensor
-from .modules import FakeQuantLinear, quantized
+from .modules import ActView, FakeQuantLinear, quantized
 from .prepare import in_cells, to_device
 from .views import View
 
@@ -71,18 +75,22 @@ class Blockwise:
             places[linear.name] = place
             with torch.no_grad():
                 master = nn.Parameter(in_cells(get_weight(original, linear).float(), start, view))
-            layers[linear.name] = FakeQuantLinear(master, place.bias, view)
+            act = start.scheme.act
+            layers[linear.name] = FakeQuantLinear(master, place.bias, view, None if act is None or act.static else ActView(Rounding(act)))
             block.set_submodule(linear.module, layers[linear.name])
         with torch.enable_grad():
             first, last = self._train(index, block, list(layers.values()), streamer, source, target)
-        self.masters.mkdir(parents=True, exist_ok=True)
-        save_file({name: layer.weight.detach().cpu() for name, layer in layers.items()}, self.masters / f"block-{index:05d}.safetensors")
-        made = {name: quantized(layer, name) for name, layer in layers.items()}
+        kept = last > first  # higher rates than this block bears: it stays as it began
+        if not kept:
+            self.masters.mkdir(parents=True, exist_ok=True)
+            save_tensors({name: layer.weight.detach().cpu() for name, layer in layers.items()}, self.masters / f"block-{index:05d}.safetensors")
+        made = {linear.name: tensors[linear.name] if kept else quantized(layers[linear.name], linear.name) for linear in linears}
         for linear in linears:
             place = places[linear.name]
             place.weight = nn.Parameter(numerics.dequantize(made[linear.name]).to(place.weight.dtype), requires_grad=False)
             block.set_submodule(linear.module, place)
-        return made, {"block_mse": float(f"{last:.5g}"), "start_block_mse": float(f"{first:.5g}")}
+        record = {"block_mse": float(f"{last:.5g}"), "start_block_mse": float(f"{first:.5g}")}
+        return made, {**record, "kept": "the start, because the error rose"} if kept else record
 
     def _train(self, index: int, block: nn.Module, layers: list[FakeQuantLinear], streamer: Streamer, source: HiddenStates, target: HiddenStates) -> tuple[float, float]:
         """Train the layers; the mean error of the first and of the last epoch."""
@@ -116,6 +124,7 @@ class Blockwise:
         return error.mean() if mask is None else error[mask.to(error.device)].mean()
 
 
-def load_masters(folder: Path) -> dict[str, Tensor]:
+def masters(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
     """What Blockwise stored, by weight name; nothing where there is no folder."""
-    return {name: lazy.load() for file in sorted(folder.glob("block-*.safetensors")) for name, lazy in open_file(file).items()} if folder.is_dir() else {}
+    for file in sorted(folder.glob("block-*.safetensors")):
+        yield from open_file(file).items()

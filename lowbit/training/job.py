@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,8 +16,10 @@ import transformers
 
 from ..checkpoints.safetensors import read_json, write_text
 from ..errors import JobError, RecipeError, missing_extra
+from ..pipeline.job import FINISHED, temporary
 from ..progress import Progress
 
+NOTES = "lowbit.json"  # beside an adapter: what it was trained on and how
 STEP_SHARE = 1.15  # of a step with optimizer, measurements and checkpoints, to one without
 
 
@@ -33,6 +36,25 @@ def refuse_float16(compute: torch.dtype) -> None:
         raise RecipeError("training computes in bfloat16 or float32; float16 would need scaled losses. Give another --dtype.")
 
 
+def require_one_process() -> None:
+    """Raise RecipeError under a launcher of several processes (torchrun, accelerate launch), which would each make the start and the output."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process. For several, put lowbit.training.prepare into a loop of your own.")
+
+
+def is_finished(folder: Path, output: Path) -> bool:
+    """Whether an earlier run got as far as giving the output its name; folder is removed then."""
+    done = (folder / FINISHED).exists() and output.exists() and not temporary(output).exists()
+    if done:
+        finish(folder, output)
+    return done
+
+
+def whole(folder: Path) -> None:
+    """Note that the output is whole under its temporary name."""
+    write_text(folder / FINISHED, "{}\n")
+
+
 def claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
     """Take the folder of a training, or refuse: an unfinished one without resume, another one with it. key: what must be the same, as JSON has it."""
     key = json.loads(json.dumps(key, default=str))
@@ -44,6 +66,7 @@ def claim(folder: Path, key: dict, *, resume: bool, overwrite: bool) -> None:
         stored = read_json(folder / "job.json")
         if different := [name for name in key if stored.get(name) != key[name]]:
             raise JobError(f"{folder} holds another training: its {', '.join(different)} differ from this command's. Repeat the first command with --resume, or begin anew with --overwrite.")
+        (folder / FINISHED).unlink(missing_ok=True)
         return
     folder.mkdir(parents=True)
     write_text(folder / "job.json", json.dumps(key, indent=1) + "\n")
@@ -53,6 +76,9 @@ def finish(folder: Path, output: Path) -> None:
     """Delete the folder of a training that is done; curves for TensorBoard go to OUT.runs."""
     if (folder / "steps" / "runs").exists():
         shutil.copytree(folder / "steps" / "runs", output.with_name(output.name + ".runs"), dirs_exist_ok=True)
+    for file in folder.iterdir():  # what says that the training is finished goes last
+        if file.name != FINISHED:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     shutil.rmtree(folder)
 
 

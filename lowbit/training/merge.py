@@ -15,6 +15,7 @@ from .. import __version__, numerics
 from ..algorithms.rtn import RtnOptions
 from ..checkpoints import TARGETS, Checkpoint, LazyTensor, open_checkpoint
 from ..checkpoints.adapter import Adapter, LowRank, open_adapter
+from ..checkpoints.safetensors import read_json
 from ..errors import CheckpointError, JobError, ModelError, RecipeError
 from ..evaluation.summary import Estimate, Summary, summarize
 from ..models import skeleton as sk
@@ -31,6 +32,7 @@ from ..pipeline.quantize import fingerprint, quantize
 from ..pipeline.recipes import LayerPlan
 from ..progress import SILENT, Progress
 from ..recipe import Recipe
+from .job import NOTES
 from .lossless import compared, shifted
 
 RECIPE = "int4-asym-g64-gptq"
@@ -93,15 +95,18 @@ def merge(
         raise RecipeError(f"a merge without loss keeps the base's codes and layout, so {' and '.join(extra)} would say nothing. Leave it out, or leave --lossless out.")
     part = open_adapter(locate(adapter, progress=progress))
     opened = open_checkpoint(located)
+    refuse_own_input(path, part.path)
     if target_name is None and path.suffix == ".gguf":
         target_name = "gguf"
-    notes = _notes(opened, base_recipe, lossless)
+    base_recipe, notes = _trained_against(opened, part.path, base_recipe, lossless)
     for note in notes:
         progress.note(note)
     ground = opened if base_recipe is None else _rounded(opened, base_recipe)
     said = {
         "adapter": part.path.name, "sha256": part.sha256, "ranks": part.ranks, "matrices": len(part.layers), "base": base_name(base, located), "base_format": opened.kind,
         "base_fingerprint": fingerprint(opened), "base_recipe": base_recipe, "lossless": lossless, "lowbit": __version__,
+        "asked": {"recipe": recipe.name if isinstance(recipe, Recipe) else str(recipe or RECIPE), "target": target_name, "calibration": calibration and Path(calibration).name,
+                  "n_samples": n_samples, "seq_len": seq_len, "seed": seed},
     }  # fmt: skip
     statement = ""
     if _is_made(path, said, resume):
@@ -121,13 +126,24 @@ def merge(
     return replace(result, seconds=time.monotonic() - started)
 
 
-def _notes(base: Checkpoint, base_recipe: str | None, lossless: bool) -> list[str]:
+def _trained_against(base: Checkpoint, adapter: Path, base_recipe: str | None, lossless: bool) -> tuple[str | None, list[str]]:
+    """The recipe by which training rounded a dense base, where it is given or stands beside an adapter of lowbit's; and what the user should know.
+
+    Raises RecipeError where the adapter was trained on a base that no recipe makes again.
+    """
+    said = read_json(adapter / NOTES) if (adapter / NOTES).is_file() else {}
+    if said and fingerprint(base) not in (said.get("model"), said.get("base")):
+        return base_recipe, ["The adapter says that it was trained on another base than this one, or on another layout of it: its errors are right for that base's values alone."]
     if base.quantized or base_recipe is not None or lossless:
-        return []
-    return [
-        "The base is dense, and the adapter is merged into it as it is: right for an adapter that was trained on it so. "
-        "One that was trained on a quantized base (QLoRA) has learned that base's errors: give that base, or --base-recipe nf4-dq."
-    ]
+        return base_recipe, []
+    if not said.get("recipe"):
+        return None, [
+            "The base is dense, and the adapter is merged into it as it is: right for an adapter that was trained on it so. "
+            "One that was trained on a quantized base (QLoRA) has learned that base's errors: give that base, or --base-recipe nf4-dq."
+        ]
+    if said.get("base_kept"):
+        raise RecipeError(f"the adapter was trained on a base that was made with it, {said['base_kept']}, not on {base.path}. Give that folder as BASE.")
+    return said["recipe"]["name"], [f"The adapter was trained on this model rounded by {said['recipe']['name']}, and is merged into that."]
 
 
 def _is_made(path: Path, said: dict, resume: bool) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -68,6 +71,36 @@ def quantized(layer: FakeQuantLinear | FakeQuantEmbedding, name: str) -> Quantiz
         return layer.view.quantized(layer.weight)
     except FormatError as error:
         raise FormatError(f"{name}: {error} Lower the learning rates, or compute in float32.") from error
+
+
+def as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Let a model compute with its dense parameters (norms, biases, embeddings) as the file will hold them: rounded to these dtypes by name; gradients go straight through to the masters."""
+    held = {id(parameter): dtypes[name] for name, parameter in model.named_parameters() if dtypes.get(name, parameter.dtype) != parameter.dtype}
+    for module in model.modules():
+        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
+            held.pop(id(module.weight), None)
+    for module in model.modules():
+        if own := {name: held[id(parameter)] for name, parameter in module.named_parameters(recurse=False) if id(parameter) in held}:
+            rounding = _Rounded(own)
+            module.register_forward_pre_hook(rounding.enter)
+            module.register_forward_hook(rounding.leave, always_call=True)
+
+
+class _Rounded:
+    """Forward hooks of one module: its parameters are their rounded values while it runs."""
+
+    def __init__(self, dtypes: dict[str, torch.dtype]) -> None:
+        self.dtypes = dtypes
+        self.masters: dict[str, nn.Parameter | None] = {}
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        self.masters = {name: module._parameters[name] for name in self.dtypes}
+        for name, master in self.masters.items():
+            assert master is not None
+            module._parameters[name] = master.detach().to(self.dtypes[name]).to(master.dtype) + (master - master.detach())  # type: ignore[assignment]
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        module._parameters.update(self.masters)
 
 
 class ActView(nn.Module):

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -19,26 +18,26 @@ import transformers
 from torch import nn
 
 from .. import __version__
-from ..checkpoints import open_checkpoint, target, weight_files
-from ..checkpoints.safetensors import write_text
+from ..checkpoints import open_checkpoint, target
 from ..errors import DataError, RecipeError
 from ..models import skeleton as sk
 from ..pipeline import recipes, resources
 from ..pipeline.calibration import Windows, default_text, packed, read_texts
-from ..pipeline.job import FINISHED, refuse_existing, temporary, work_folder
+from ..pipeline.job import refuse_existing, work_folder
 from ..pipeline.locate import base_name, load_tokenizer, locate
 from ..pipeline.output import readable_errors, refuse_own_input
 from ..pipeline.output import write as write_output
-from ..pipeline.quantize import fingerprint, quantize
+from ..pipeline.quantize import model_key, quantize
 from ..pipeline.selfgen import load_model, self_texts
 from ..pipeline.setup import set_up
 from ..progress import SILENT, Progress
 from ..recipe import Calibration, Recipe
-from .blockwise import BlockOptions, Blockwise, load_masters
-from .job import arguments, claim, finish, refuse_float16, require_packages, run, steps_within
+from .blockwise import BlockOptions, Blockwise, masters
+from .job import arguments, claim, finish, is_finished, refuse_float16, require_one_process, require_packages, run, steps_within, whole
 from .losses import divergence
+from .modules import as_stored
 from .prepare import matrices, prepare, refuse_untrainable
-from .save import as_checkpoint
+from .save import as_checkpoint, stored_dtypes
 from .views import MODES
 
 PHASES = ("blocks", "end")
@@ -128,11 +127,11 @@ def qat(
     import accelerate
 
     started, path, located = time.monotonic(), Path(output), locate(model, progress=progress)
+    recipe = _with_gptq(recipe)
     draft = recipes.parse(recipe, target_name=target_name or ("gguf" if path.suffix == ".gguf" else None))
     folder = path.with_name(path.name + ".train")
-    if resume and (folder / FINISHED).exists() and path.exists() and not temporary(path).exists():  # stopped between the last two steps
+    if resume and is_finished(folder, path):
         provenance = open_checkpoint(path).provenance
-        shutil.rmtree(folder)
         return Trained(path, [(step, kl) for step, kl in provenance["training"]["curve"]], time.monotonic() - started, {}, provenance)
     refuse_existing(path, resume=resume, overwrite=overwrite)
     refuse_own_input(path, located)
@@ -141,11 +140,14 @@ def qat(
     refuse_untrainable(setup.recipe, setup.plans)
     place, compute = setup.device, setup.dtype
     refuse_float16(compute)
-    windows = data_windows(located, data, options, seed, progress) if "end" in options.phases else None
+    require_one_process()
+    if "end" in options.phases:
+        held = (16 if options.train == "all" else 8) + compute.itemsize  # masters (and gradients, two moments of AdamW), the original
+        resources.require_memory(int(setup.skeleton.parameter_count() * held * 1.1), purpose="Training end to end (masters, gradients, moments, the original)")
+    windows = data_windows(located, data, options, seed, progress)
     key = {
-        "lowbit": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "accelerate": accelerate.__version__, "model": fingerprint(open_checkpoint(located)),
-        "weights": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(located)), "recipe": draft.recipe.to_dict(), "options": asdict(options),
-        "trainer": trainer or {}, "data": str(data) if windows is None else windows.digest, "seed": seed, "dtype": str(compute), "device": place.type, "threads": torch.get_num_threads(),
+        **model_key(open_checkpoint(located), place, compute), "accelerate": accelerate.__version__, "recipe": draft.recipe.to_dict(), "options": asdict(options),
+        "trainer": trainer or {}, "data": windows.digest, "seed": seed,
     }  # fmt: skip
     claim(folder, key, resume=resume, overwrite=overwrite)
     start = folder / f"start{target(draft.recipe.target).suffix}"
@@ -154,19 +156,36 @@ def qat(
             refinement = Blockwise(replace(options.blocks, seed=seed, scales=options.scales), folder / "masters") if "blocks" in options.phases else None
             quantize(
                 located, recipe, start, target_name=draft.recipe.target, calibration=data, n_samples=options.start_samples, seq_len=options.seq_len, device=device, dtype=dtype,
-                seed=seed, resume=work_folder(start).exists(), refinement=refinement, progress=progress,
+                seed=seed, resume=work_folder(start).exists(), windows=start_windows(windows, options), refinement=refinement, progress=progress,
             )  # fmt: skip
         begun = time.monotonic()
         made, curve = open_checkpoint(start), []
         provenance = made.provenance
-        if windows is not None:
+        if "end" in options.phases:
             made, curve = _end_to_end(located, start, folder, windows, options, seed, place, compute, trainer or {}, progress)
-        provenance = {**provenance, "training": {**asdict(options), "curve": curve, "lowbit": __version__, "transformers": transformers.__version__}}
-        whole = lambda: write_text(folder / FINISHED, "{}\n")
-        write_output(replace(made, provenance=provenance), draft.recipe.target, path, progress, overwrite=overwrite, base=base_name(model, located), whole=whole)
+        provenance = {**provenance, "training": {**asdict(options), "seed": seed, "metric": "kl", "curve": curve, "lowbit": __version__, "transformers": transformers.__version__}}
+        write_output(replace(made, provenance=provenance), draft.recipe.target, path, progress, overwrite=overwrite, base=base_name(model, located), whole=lambda: whole(folder))
     finish(folder, path)
     ended = time.monotonic()
     return Trained(path, curve, ended - started, {"start": begun - started, "end": ended - begun}, provenance)
+
+
+def _with_gptq(recipe: str | Path | Recipe) -> str | Path | Recipe:
+    """Words that name a number format and no algorithm get GPTQ, whatever that format's default is."""
+    if not isinstance(recipe, str) or recipe.endswith(".toml") or "rtn" in recipe.split("-") or recipes.parse(recipe).recipe.algorithm != "rtn":
+        return recipe
+    try:
+        recipes.parse(f"{recipe}-gptq")
+    except RecipeError:  # a format or a preset that GPTQ does not take
+        return recipe
+    return f"{recipe}-gptq"
+
+
+def start_windows(windows: Windows, options: QatOptions) -> Windows:
+    """Those that the start and the block phase see: spread evenly over the windows that are trained on; those that are measured are not among them."""
+    train, count = windows.ids[:-HELD_OUT], options.start_samples
+    chosen = train if len(train) <= count else train[torch.arange(count) * len(train) // count]
+    return Windows(chosen, None, windows.found)
 
 
 def data_windows(located: Path, data: str, options: QatOptions, seed: int, progress: Progress) -> Windows:
@@ -189,15 +208,14 @@ def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, opti
 
     start, source = open_checkpoint(begun), open_checkpoint(located)
     skeleton = sk.build(source)
-    resources.require_memory(int(skeleton.parameter_count() * (16 + compute.itemsize) * 1.1), purpose="Training all weights (masters, gradients, two moments of AdamW, the original)")
     student = load_model(sk.build(source), torch.float32, place)
     student.requires_grad_(True).train()
     recipe = recipe_of(start.provenance)
     prepare(student, recipe, scales=options.scales, start=start)
-    masters = load_masters(folder / "masters")
     with torch.no_grad():
-        for name, value in masters.items():
-            student.get_parameter(name).copy_(value)
+        for name, lazy in masters(folder / "masters"):
+            student.get_parameter(name).copy_(lazy.load())
+    as_stored(student, stored_dtypes(skeleton, recipe.target))
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(options.train == "all" or ".view." in name or parameter.ndim < 2)
     if options.gradient_checkpointing:
@@ -219,7 +237,7 @@ def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, opti
     if min(curve, key=lambda pair: pair[1])[0] == 0:
         progress.note(f"No step brought the held-out KL below the {first:.4g} that training began with: what is written is the start. Lower the learning rates, or give more text.")
         return start, curve
-    return as_checkpoint(student, source, {}), curve
+    return as_checkpoint(student, source, recipe.target, {}), curve
 
 
 def _steps(student: nn.Module, teacher: nn.Module, train: torch.Tensor, options: QatOptions, compute: torch.dtype, folder: Path) -> int:

@@ -3,7 +3,7 @@
 Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314. The base is a dense model, rounded here (NF4 with double quantization), or any quantized checkpoint as it
 is; the adapter is peft's, file included. In OUT.train, until the end:
 
-    base/       the base that was made of a dense model, in lowbit's own layout
+    base/       the base that was made of a dense model, in lowbit's own layout; where calibration or LoftQ made it, it stays as OUT-base
     start/      where the adapter starts (loftq, weighted)
     steps/      the Trainer's checkpoints
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -22,29 +21,29 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
 from ..checkpoints import Checkpoint, open_checkpoint
-from ..checkpoints.safetensors import open_file, write_text
-from ..errors import DataError, JobError, ModelError, RecipeError
+from ..checkpoints.safetensors import open_file, read_json, write_text
+from ..errors import DataError, ModelError, RecipeError
 from ..models import skeleton as sk
 from ..models.experts import is_experts
 from ..models.linears import find_linears, outside_matrices
 from ..pipeline import recipes, resources
 from ..pipeline.calibration import Windows
-from ..pipeline.job import refuse_existing, temporary
+from ..pipeline.job import refuse_existing, save_tensors, temporary
 from ..pipeline.load import load
 from ..pipeline.locate import base_name, load_tokenizer, locate
-from ..pipeline.output import dtype_name, readable_errors, refuse_own_input
+from ..pipeline.output import dtype_name, publish, readable_errors, refuse_own_input
 from ..pipeline.output import write as write_output
-from ..pipeline.quantize import fingerprint, quantize
+from ..pipeline.quantize import fingerprint, model_key, quantize
 from ..progress import SILENT, Progress
+from ..recipe import Recipe
 from . import adapters, starts
 from .chat import IGNORED, Document, Rows, pack, read_documents
-from .job import arguments, claim, finish, refuse_float16, require_packages, run, steps_within
+from .job import NOTES, arguments, claim, finish, is_finished, refuse_float16, require_one_process, require_packages, run, steps_within, whole
 from .starts import INITS, Start
 from .trainer import MeasuringTrainer
 
@@ -84,6 +83,8 @@ class QloraOptions:
             raise RecipeError(f"init is {self.init!r}; expected one of {', '.join(INITS)}.")
         if self.batch < 1 or self.micro < 1 or self.batch % self.micro:
             raise RecipeError(f"batch is {self.batch} and micro {self.micro}; expected a multiple.")
+        if self.steps is not None and self.minutes is not None:
+            raise RecipeError(f"steps is {self.steps} and minutes {self.minutes}; expected one of them.")
         if self.seq_len < 8 or self.epochs <= 0 or not 0 <= self.warmup <= 1 or self.lr <= 0 or self.eval_every < 1:
             raise RecipeError(
                 f"seq_len is {self.seq_len}, epochs {self.epochs}, warmup {self.warmup}, lr {self.lr} and eval_every {self.eval_every}; "
@@ -137,44 +138,63 @@ def qlora(
     the last checkpoint of OUT.train. Raises LowbitError before any work on bad input.
     """
     require_packages("accelerate", "peft", trainer=trainer)
+    import accelerate
+    import peft
+
     started, path, located = time.monotonic(), Path(output), locate(model, progress=progress)
     source = open_checkpoint(located)
     built = sk.build(source)
     place = resources.choose_device(device)
     compute = resources.choose_dtype(dtype, place)
     refuse_float16(compute)
+    require_one_process()
     ready = _is_quantized(built)
     _refuse_contradictions(located, built, ready, recipe, original, options)
+    draft = None if ready else recipes.parse(recipe or DEFAULT_RECIPE)
+    own_base = path.with_name(path.name + "-base") if options.init == "loftq" or (draft is not None and _needs_data(draft.recipe)) else None
+    folder = path.with_name(path.name + ".train")
+    if resume and is_finished(folder, path):
+        return _made(path, own_base, time.monotonic() - started)
     refuse_existing(path, resume=resume, overwrite=overwrite)
     refuse_own_input(path, located)
-    own_base = path.with_name(path.name + "-base") if options.init == "loftq" else None
-    folder = path.with_name(path.name + ".train")
     if own_base is not None:
         refuse_existing(own_base, resume=False, overwrite=overwrite or (resume and folder.exists()))  # a training that was killed at its end may have written it
-    draft = None if ready else recipes.parse(recipe or DEFAULT_RECIPE)
     if any(is_experts(module) for module in built.model.modules()):
         progress.note("The experts of this model lie in one tensor each, which gets no adapter: they stay as they are, decoded.")
     train, held = _data(source, data, held_out, options, progress)
     key = {
-        "model": fingerprint(source), "recipe": None if draft is None else draft.recipe.to_dict(), "original": str(original), "options": asdict(options), "seed": seed, "dtype": str(compute),
-        "data": [Windows(rows.ids, None, 0).digest for rows in (train, held)], "torch": torch.__version__, "transformers": transformers.__version__,
+        **model_key(source, place, compute), "accelerate": accelerate.__version__, "peft": peft.__version__, "recipe": None if draft is None else draft.recipe.to_dict(),
+        "original": str(original), "options": asdict(options), "trainer": trainer or {}, "data": [Windows(rows.ids, None, 0).digest for rows in (train, held)], "seed": seed,
     }  # fmt: skip
     claim(folder, key, resume=resume, overwrite=overwrite)
     with readable_errors(path):
         base, start = _base_and_start(built, located, draft, original, train, options, folder, compute, device, dtype, progress)
         peft_model = _attached(base, start, options, compute, place, device, seed)
         result = _train(peft_model, train, held, options, folder, compute, place, seed, trainer or {}, progress)
-        provenance = {
-            "lowbit": __version__, "transformers": transformers.__version__, "torch": torch.__version__, "model": fingerprint(source), "base": fingerprint(open_checkpoint(base)),
-            "recipe": None if draft is None else draft.recipe.to_dict(), "options": asdict(options), "seed": seed, "compute_dtype": str(compute).removeprefix("torch."),
-            "data": {"windows": len(train), "learned_tokens": train.learned, "held_out_tokens": held.learned}, **result,
-        }  # fmt: skip
         if own_base is not None:
             target = "lowbit" if draft is None or _has_conv1d(built) else draft.recipe.target
             write_output(open_checkpoint(base), target, own_base, progress, overwrite=overwrite or resume, base=base_name(model, located))
-        _save(peft_model, path, provenance, compute, base=str(model) if own_base is None else str(own_base), overwrite=overwrite)
+        provenance = {
+            "lowbit": __version__, "transformers": transformers.__version__, "torch": torch.__version__, "model": fingerprint(source), "base": fingerprint(open_checkpoint(own_base or base)),
+            "base_kept": own_base and own_base.name,
+            "recipe": None if draft is None else draft.recipe.to_dict(), "options": asdict(options), "seed": seed, "compute_dtype": str(compute).removeprefix("torch."),
+            "data": {"windows": len(train), "learned_tokens": train.learned, "held_out_tokens": held.learned}, **result,
+        }  # fmt: skip
+        _save(peft_model, path, folder, provenance, compute, base=str(model) if own_base is None else str(own_base))
     finish(folder, path)
-    return Adapter(path, own_base, provenance["held_out"]["curve"], provenance["losses"], time.monotonic() - started, provenance)
+    return _made(path, own_base, time.monotonic() - started)
+
+
+def _made(path: Path, base: Path | None, seconds: float) -> Adapter:
+    """The adapter that was written."""
+    provenance = read_json(path / NOTES)
+    curve, losses = ([(int(step), float(value)) for step, value in pairs] for pairs in (provenance["held_out"]["curve"], provenance["losses"]))
+    return Adapter(path, base, curve, losses, seconds, provenance)
+
+
+def _needs_data(recipe: Recipe) -> bool:
+    """Whether a base of this recipe depends on calibration, so that only its own files say what the adapter was trained on."""
+    return bool(recipe.transforms) or {recipe.algorithm, *(rule.algorithm or "rtn" for rule in recipe.rules)} - {"rtn", "hqq"} != set()
 
 
 def _is_quantized(built: sk.Skeleton) -> bool:
@@ -251,8 +271,7 @@ def _base_and_start(
             ids = train.ids[torch.arange(min(WEIGHED, len(train))) * len(train) // min(WEIGHED, len(train))]
             start = starts.weighted_start(sk.build(open_checkpoint(base)), whole, Windows(ids, None, ids.numel()), options.rank, compute, resources.choose_device(device), progress)
         if start:
-            save_file({f"{name}|{part}": value.contiguous() for name, pair in start.items() for part, value in zip("AB", pair, strict=True)}, folder / "start.tmp")
-            os.replace(folder / "start.tmp", stored)
+            save_tensors({f"{name}|{part}": value.contiguous() for name, pair in start.items() for part, value in zip("AB", pair, strict=True)}, stored)
     return base, _read_start(stored) if stored.exists() else None
 
 
@@ -337,16 +356,13 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
     return {"held_out": {"before": before, "after": trainer.measured()[1], "curve": curve}, "losses": losses, "steps": trainer.state.global_step}
 
 
-def _save(model: Any, path: Path, provenance: dict, compute: torch.dtype, *, base: str, overwrite: bool) -> None:
+def _save(model: Any, path: Path, folder: Path, provenance: dict, compute: torch.dtype, *, base: str) -> None:
     """Write the adapter as peft does, in the dtype of the computation, with lowbit.json beside it; through a sibling. base: what peft is to take for the base's name."""
     draft = temporary(path)
     shutil.rmtree(draft, ignore_errors=True)
     state = {name: value.to(compute) for name, value in model.state_dict().items() if "lora_" in name}
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(str(draft), state_dict=state, save_embedding_layers=False)
-    write_text(draft / "lowbit.json", json.dumps(provenance, indent=1) + "\n")
-    if path.exists():
-        if not overwrite:
-            raise JobError(f"{path} exists already. Choose another -o, or --overwrite.")
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    os.replace(draft, path)
+    write_text(draft / NOTES, json.dumps(provenance, indent=1) + "\n")
+    whole(folder)
+    publish(draft, path)

@@ -31,15 +31,22 @@ def write(model: PreTrainedModel, output: str | Path, *, source: str | Path, ove
     located, path = locate(source, progress=progress), Path(output)
     refuse_existing(path, resume=False, overwrite=overwrite)
     refuse_own_input(path, located)
-    made = as_checkpoint(model, open_checkpoint(located), {"recipe": recipe.to_dict()})
+    made = as_checkpoint(model, open_checkpoint(located), recipe.target, {"recipe": recipe.to_dict()})
     with readable_errors(path):
         write_output(made, recipe.target, path, progress, overwrite=overwrite, base=base_name(source, located))
     return path
 
 
-def as_checkpoint(model: PreTrainedModel, source: Checkpoint, provenance: dict) -> Checkpoint:
-    """What model holds, under the names and in the dtypes of source."""
+def stored_dtypes(skeleton: sk.Skeleton, target_name: str) -> dict[str, torch.dtype]:
+    """The dtype in which a target holds each parameter that is not quantized: the source's, and float32 for the vectors of a GGUF file."""
+    entries = {parameter: skeleton.checkpoint.lazy(origin.flat()[0]) for parameter, origin in skeleton.sources.items() if origin.converter is None}
+    return {parameter: torch.float32 if target_name == "gguf" and len(entry.shape) < 2 else entry.dtype for parameter, entry in entries.items()}
+
+
+def as_checkpoint(model: PreTrainedModel, source: Checkpoint, target_name: str, provenance: dict) -> Checkpoint:
+    """What model holds, under the names of source and in the dtypes that a target has for it."""
     skeleton = sk.build(source)
+    dtypes = stored_dtypes(skeleton, target_name)
     source = skeleton.checkpoint
     quantized, tensors = dict(source.quantized), dict(source.tensors)
     made = quantized_weights(model)
@@ -59,7 +66,7 @@ def as_checkpoint(model: PreTrainedModel, source: Checkpoint, provenance: dict) 
             if parameter in acts:
                 activations[name] = acts[parameter]
         else:
-            tensors[name] = held(parameters[parameter].detach().to(entry.dtype).cpu())
+            tensors[name] = held(parameters[parameter].detach().to(dtypes[parameter]).cpu())
     return replace(source, tensors=tensors, quantized=quantized, activations=activations, provenance=provenance)
 
 

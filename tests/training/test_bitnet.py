@@ -180,7 +180,7 @@ def test_what_is_trained_is_the_file(tmp_path, text_file, weights, target):
     train_tokenizer(str(text_file), 300).save_pretrained(tmp_path / "start")
     source = safetensors.open_folder(tmp_path / "start")
     model = fake_quantize(load_model(sk.build(source), torch.float32), scheme_of(weights, "float32" if target == "bitnet" else "float16"))
-    made = as_checkpoint(model, source, {})
+    made = as_checkpoint(model, source, "bitnet", {})
     made = replace(made, quantized={name: _ternary(entry) for name, entry in made.quantized.items()})
     if target == "bitnet":
         out = tmp_path / "out"

@@ -36,6 +36,13 @@ def run(folder: Path, out: Path, text: Path, recipe: str = "int2-asym-g32", **mo
     return qat(folder, recipe, out, data=str(text), options=chosen, dtype=more.pop("dtype", "float32"), **more)
 
 
+def plain_start(folder: Path, out: Path, text: Path) -> Path:
+    """What quantize makes of the windows that the start of a training sees."""
+    windows = qat_module.start_windows(qat_module.data_windows(folder, str(text), SMALL, 0, SILENT), SMALL)
+    lowbit.quantize(folder, "int2-asym-g32", out, windows=windows, dtype="float32", seed=0)
+    return out
+
+
 def held_out_kl(original: Path, paths: list[Path], text: Path) -> list[float]:
     """KL to the original on the held-out windows, by the machinery of lowbit.compare."""
     ids = qat_module.data_windows(original, str(text), SMALL, 0, SILENT).ids[-qat_module.HELD_OUT :]
@@ -55,7 +62,7 @@ class Watch:
         self.before: dict[str, torch.Tensor] = {}
         self.after: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
-        written, loaded = qat_module.as_checkpoint, qat_module.load_masters
+        written, loaded = qat_module.as_checkpoint, qat_module.masters
 
         def prepared(*args):
             found = loaded(*args)
@@ -71,7 +78,7 @@ class Watch:
             self.values = {f"{name}.weight": module.view(module.weight).detach() for name, module in layers.items()}
             return written(model, *args)
 
-        monkeypatch.setattr(qat_module, "load_masters", prepared)
+        monkeypatch.setattr(qat_module, "masters", prepared)
         monkeypatch.setattr(qat_module, "as_checkpoint", as_checkpoint)
 
     def moved(self) -> set[str]:
@@ -119,8 +126,7 @@ def test_from_a_model_to_a_file(folder, block_phase, text_file, tmp_path, monkey
 def test_the_block_phase_alone(folder, block_phase, text_file, tmp_path):
     out, result = block_phase
     assert result.curve == []
-    lowbit.quantize(folder, "int2-asym-g32", tmp_path / "start", calibration=text_file, n_samples=32, seq_len=64, dtype="float32", seed=0)
-    plain, trained = held_out_kl(folder, [tmp_path / "start", out], text_file)
+    plain, trained = held_out_kl(folder, [plain_start(folder, tmp_path / "start", text_file), out], text_file)
     assert trained < plain
     layers = open_checkpoint(out).provenance["layers"]
     assert all(entry["block_mse"] < entry["start_block_mse"] for entry in layers.values())
@@ -128,8 +134,8 @@ def test_the_block_phase_alone(folder, block_phase, text_file, tmp_path):
 
 def test_the_end_phase_alone_begins_with_what_quantize_makes(folder, text_file, tmp_path):
     result = run(folder, tmp_path / "out", text_file, options=options(phases=("end",), steps=4))
-    lowbit.quantize(folder, "int2-asym-g32", tmp_path / "start", calibration=text_file, n_samples=32, seq_len=64, dtype="float32", seed=0)
-    assert result.curve[0][1] == pytest.approx(held_out_kl(folder, [tmp_path / "start"], text_file)[0], rel=1e-4)
+    start = plain_start(folder, tmp_path / "start", text_file)
+    assert result.curve[0][1] == pytest.approx(held_out_kl(folder, [start], text_file)[0], rel=1e-4)
     assert "refinement" not in result.provenance
 
 
@@ -172,6 +178,33 @@ def test_bfloat16_and_other_formats(folder, text_file, tmp_path, monkeypatch):
         run(folder, out, text_file, recipe, options=options(steps=12, lr=2e-5, lr_scales=2e-5), dtype="bfloat16", target_name=target)
         read = decoded(out)
         assert watch.values and all(torch.equal(value, watch.values[name]) for name, value in read.items())
+
+
+@pytest.mark.parametrize("target", ["lowbit", "gguf"])
+def test_norms_of_a_bfloat16_model_are_trained_as_the_file_holds_them(save_model, text_file, tmp_path, monkeypatch, target):
+    """Vectors are bfloat16 in a folder and float32 in a GGUF file; what is measured in training is what the file then gives."""
+    folder = save_model("qwen2", tmp_path / "model", dtype=torch.bfloat16)
+    recipe, out = ("int2-asym-g32", tmp_path / "out") if target == "lowbit" else ("q4_0", tmp_path / "out.gguf")
+    watch = Watch(monkeypatch)
+    result = run(folder, out, text_file, recipe, target_name=target, options=options(train="scales", phases=("end",), lr=3e-3, lr_scales=1e-3))
+    made = open_checkpoint(out)
+    assert min(kl for _, kl in result.curve) == pytest.approx(held_out_kl(folder, [out], text_file)[0], rel=1e-4)
+    assert made.provenance["recipe"]["algorithm"] == "gptq"
+    norms = [name for name in watch.after if name.endswith("norm.weight")]
+    stored = {name: watch.after[name].to(torch.bfloat16 if target == "lowbit" else torch.float32).float() for name in norms}
+    read = lowbit.load(out, dtype="float32").state_dict()
+    assert norms and all(torch.equal(read[name], stored[name]) for name in norms)
+    assert any(not torch.equal(watch.before[name].bfloat16(), watch.after[name].bfloat16()) for name in norms)
+
+
+def test_a_block_whose_error_rises_stays_as_it_began(folder, text_file, tmp_path):
+    begun = decoded(plain_start(folder, tmp_path / "start", text_file))
+    result = run(folder, tmp_path / "out", text_file, options=options(phases=("blocks",), blocks=BlockOptions(epochs=2, lr=0.5, lr_scales=0.5)))
+    layers = result.provenance["layers"]
+    left = [name for name, entry in layers.items() if "kept" in entry]
+    assert left and all(layers[name]["block_mse"] > layers[name]["start_block_mse"] for name in left)
+    first = [name for name in left if ".layers.0." in name]  # later blocks see other inputs than they did without training
+    assert all(torch.equal(decoded(tmp_path / "out")[name], begun[name]) for name in first)
 
 
 @pytest.mark.slow

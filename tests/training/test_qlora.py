@@ -14,6 +14,7 @@ from lowbit.checkpoints import open_checkpoint
 from lowbit.errors import CheckpointError, DataError, JobError, LowbitError, ModelError, RecipeError
 from lowbit.models.quantized import QuantLinear
 from lowbit.pipeline import recipes
+from lowbit.pipeline.quantize import fingerprint
 from lowbit.training import adapters, starts
 from lowbit.training.chat import IGNORED, Document, conversation, pack, read_documents
 from lowbit.training.qlora import QloraOptions, qlora
@@ -293,6 +294,18 @@ def test_starts_begin_nearer_to_the_original(run, model_folder, tmp_path, load_p
         assert made[init].base == tmp_path / "loftq-base"
         assert json.loads((made[init].path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(made[init].base)
         assert open_checkpoint(made[init].base).provenance["refinement"]["method"] == "loftq"
+
+
+def test_a_base_that_calibration_made_is_kept(run, model_folder, tmp_path, text_file):
+    """int4-asym-g32 is GPTQ's: nobody can make this base again, so it lies beside the adapter, and merge asks for it; a base that is plainly rounded is made again."""
+    made = run(tmp_path / "adapter", recipe="int4-asym-g32", steps=1)
+    assert made.base == tmp_path / "adapter-base" and made.provenance["base"] == fingerprint(open_checkpoint(made.base))
+    with pytest.raises(RecipeError, match="adapter-base"):
+        training.merge(model_folder("llama"), made.path, tmp_path / "out", measure=False)
+    training.merge(made.base, made.path, tmp_path / "out", recipe="int8-rtn", measure=False)
+    plain = run(tmp_path / "plain", steps=1)
+    again = training.merge(model_folder("llama"), plain.path, tmp_path / "again", recipe="int8-rtn", measure=False)
+    assert plain.base is None and again.provenance["merged"]["base_recipe"] == "nf4-dq"
 
 
 def test_weighted_start_of_a_quantized_base(run, model_folder, tmp_path, text_file):
