@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import LowbitError
-from . import looking, making, measuring, training
+from . import looking, making, measuring, running, training
 
 app = typer.Typer(
     name="lowbit",
@@ -31,6 +31,8 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "eval": measuring.evaluate,
     "convert": making.convert,
     "merge": making.merge,
+    "run": running.run,
+    "bench": running.bench,
     "verify": measuring.verify,
     "push": making.push,
     "demo": making.demo,

@@ -1,0 +1,198 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace lowbit {
+
+struct Decoder::Scratch {
+    std::vector<uint8_t> panel;
+    std::vector<float> scores;
+};
+
+struct Decoder::Worker {
+    int id, count;
+    Scratch& scratch;
+    // This thread's share of n things, in pieces of unit.
+    std::pair<int64_t, int64_t> share(int64_t n, int64_t unit = 1) const {
+        const int64_t pieces = (n + unit - 1) / unit;
+        return {std::min(n, pieces * id / count * unit), std::min(n, pieces * (id + 1) / count * unit)};
+    }
+};
+
+Decoder::Decoder(const Shape& shape, int64_t context, int threads, const Kernels* kernels) : shape_(shape), context_(context), threads_(threads), k_(kernels) {}
+
+int64_t Decoder::cache_bytes() const { return int64_t(blocks.size()) * 2 * shape_.kv_heads * context_ * shape_.head_dim * 2; }
+
+void Decoder::forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all) {
+    const Shape& s = shape_;
+    while (keys_.size() < blocks.size()) {
+        keys_.push_back(allocate(s.kv_heads * context_ * s.head_dim * 2));
+        values_.push_back(allocate(s.kv_heads * context_ * s.head_dim * 2));
+    }
+    const int64_t rows = std::min(n, CHUNK), wide = std::max({s.hidden, s.heads * s.head_dim, s.ffn});
+    const int64_t qkv = (s.heads + 2 * s.kv_heads) * s.head_dim;
+    auto grow = [](auto& buffer, int64_t size) { if (int64_t(buffer.size()) < size) buffer.resize(size_t(size)); };
+    grow(x_, rows * s.hidden), grow(qkv_, rows * qkv), grow(attended_, rows * s.heads * s.head_dim), grow(hidden_, rows * 2 * s.ffn), grow(normed_, rows * s.hidden);
+    grow(codes_, rows * wide), grow(scales_, rows * wide / 8), grow(sums_, rows * wide / 8);
+    while (int(scratch_.size()) < threads_) scratch_.push_back(std::make_shared<Scratch>());
+    for (auto& scratch : scratch_) grow(scratch->panel, panel_bytes(rows)), grow(scratch->scores, start + n);
+    for (int64_t done = 0; done < n; done += CHUNK) {
+        const int64_t count = std::min(CHUNK, n - done);
+        chunk(tokens + done, count, start + done, all ? logits + done * s.vocabulary : logits, done + count == n, all);
+    }
+}
+
+// y = x W^T (+ bias), or y += it. All threads take part; the outputs are whole after the barrier at the end.
+void Decoder::linear(Worker& w, const Linear& of, const float* x, int64_t stride, int64_t n, float* y, int64_t y_stride, bool add) {
+    int64_t offset = 0, rounded = 0;
+    for (const Linear::Part& part : of.parts) {
+        if (part.packed) {
+            Inputs in{part.matrix.cols, part.matrix.block, codes_.data(), scales_.data(), sums_.data()};
+            if (rounded != in.block) {
+                if (rounded) barrier_.wait(w.count);  // the others may still read
+                const int64_t blocks = in.cols / in.block;
+                if (n >= w.count) {
+                    auto [first, last] = w.share(n);
+                    k_->round(x + first * stride, stride, last - first, {in.cols, in.block, in.codes + first * in.cols, in.scales + first * blocks, in.sums + first * blocks});
+                } else {
+                    auto [first, last] = w.share(blocks);
+                    for (int64_t i = 0; i < n; i++)
+                        k_->round(x + i * stride + first * in.block, 0, 1, {(last - first) * in.block, in.block, in.codes + i * in.cols + first * in.block, in.scales + i * blocks + first, in.sums + i * blocks + first});
+                }
+                rounded = in.block;
+                barrier_.wait(w.count);
+            }
+            auto [first, last] = w.share(part.matrix.tiles(), 4);
+            k_->matmul(part.matrix, in, n, y + offset, y_stride, add, first, last, w.scratch.panel.data());
+        } else {
+            auto [first, last] = w.share(part.dense.rows, 16);
+            k_->dense(part.dense, x, stride, n, y + offset, y_stride, add, first, last);
+        }
+        offset += part.rows();
+    }
+    barrier_.wait(w.count);
+    if (of.bias) {
+        auto [first, last] = w.share(n);
+        for (int64_t i = first; i < last; i++)
+            for (int64_t r = 0; r < offset; r++) y[i * y_stride + r] += of.bias[r];
+        barrier_.wait(w.count);
+    }
+}
+
+void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start) {
+    const Shape& s = shape_;
+    const int64_t d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d, group = s.heads / s.kv_heads;
+    uint16_t* keys = reinterpret_cast<uint16_t*>(keys_[size_t(index)].get());
+    uint16_t* values = reinterpret_cast<uint16_t*>(values_[size_t(index)].get());
+    if (block.q_norm && s.norm_all) {
+        auto [first, last] = w.share(n);
+        for (int64_t i = first; i < last; i++) {
+            float* q = qkv_.data() + i * width;
+            k_->rms_norm(q, block.q_norm, s.eps, s.heads * d, q);
+            k_->rms_norm(q + s.heads * d, block.k_norm, s.eps, s.kv_heads * d, q + s.heads * d);
+        }
+        barrier_.wait(w.count);
+    }
+    auto prepare = [&](float* head, const float* norm, int64_t i) {
+        if (norm && !s.norm_all) k_->rms_norm(head, norm, s.eps, d, head);
+        if (block.rope >= 0) k_->rope(head, ropes[size_t(block.rope)].cosine + (start + i) * s.rope_half, ropes[size_t(block.rope)].sine + (start + i) * s.rope_half, s.rope_half);
+    };
+    auto [first, last] = w.share(n * s.kv_heads);
+    for (int64_t job = first; job < last; job++) {  // keys and values go into the cache
+        const int64_t i = job / s.kv_heads, h = job % s.kv_heads, place = (h * context_ + start + i) * d;
+        float* key = qkv_.data() + i * width + (s.heads + h) * d;
+        prepare(key, block.k_norm, i);
+        k_->to_half(key, keys + place, d);
+        k_->to_half(key + s.kv_heads * d, values + place, d);
+    }
+    barrier_.wait(w.count);
+    // Late tokens see more than early ones: every thread takes each count-th.
+    for (int64_t job = w.id; job < n * s.heads; job += w.count) {
+        const int64_t i = job / s.heads, h = job % s.heads, position = start + i;
+        const int64_t from = block.window > 0 ? std::max<int64_t>(0, position - block.window + 1) : 0;
+        float* q = qkv_.data() + i * width + h * d;
+        prepare(q, block.q_norm, i);
+        const int64_t place = (h / group * context_ + from) * d;
+        k_->attend(q, keys + place, values + place, position + 1 - from, d, s.attention_scale, s.attention_cap, w.scratch.scores.data(), attended_.data() + i * s.heads * d + h * d);
+    }
+    barrier_.wait(w.count);
+}
+
+void Decoder::layer(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start) {
+    const Shape& s = shape_;
+    const int64_t h = s.hidden;
+    auto normed = [&](const float* norm, const float* x, float* y) {
+        auto [first, last] = w.share(n);
+        for (int64_t i = first; i < last; i++) k_->rms_norm(x + i * h, norm, s.eps, h, y + i * h);
+        barrier_.wait(w.count);
+    };
+    auto added = [&](const float* norm) {  // x += residual_scale * norm(what lies in normed_)
+        auto [first, last] = w.share(n);
+        for (int64_t i = first; i < last; i++) {
+            float* y = normed_.data() + i * h;
+            if (norm) k_->rms_norm(y, norm, s.eps, h, y);
+            for (int64_t k = 0; k < h; k++) x_[size_t(i * h + k)] += s.residual_scale * y[k];
+        }
+        barrier_.wait(w.count);
+    };
+    auto output = [&](const Linear& of, const float* x, int64_t stride, const float* norm) {
+        const bool direct = !norm && s.residual_scale == 1 && !of.bias;
+        linear(w, of, x, stride, n, direct ? x_.data() : normed_.data(), h, direct);
+        if (!direct) added(norm);
+    };
+    const float* x = x_.data();
+    if (block.input_norm) normed(block.input_norm, x, normed_.data()), x = normed_.data();
+    linear(w, block.qkv, x, h, n, qkv_.data(), (s.heads + 2 * s.kv_heads) * s.head_dim, false);
+    attention(w, block, index, n, start);
+    output(block.o, attended_.data(), s.heads * s.head_dim, block.attention_norm);
+    x = x_.data();
+    if (block.ffn_norm) normed(block.ffn_norm, x, normed_.data()), x = normed_.data();
+    linear(w, block.gate_up, x, h, n, hidden_.data(), 2 * s.ffn, false);
+    for (int64_t i = 0; i < n; i++) {
+        auto [first, last] = w.share(s.ffn, 16);
+        float* row = hidden_.data() + i * 2 * s.ffn;
+        k_->gate(row + first, row + s.ffn + first, last - first, s.activation);
+    }
+    barrier_.wait(w.count);
+    output(block.down, hidden_.data(), 2 * s.ffn, block.output_norm);
+}
+
+void Decoder::chunk(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool last, bool all) {
+    const Shape& s = shape_;
+    parallel(threads_, [&](int id, int count) {
+        Worker w{id, count, *scratch_[size_t(id)]};
+        const Linear::Part& table = embedding.parts[0];
+        auto [first, end] = w.share(n);
+        for (int64_t i = first; i < end; i++) {
+            float* x = x_.data() + i * s.hidden;
+            if (table.packed) {
+                unpack_row(table.matrix, tokens[i], x);
+            } else if (table.dense.type == Real::f32) {
+                std::memcpy(x, static_cast<const float*>(table.dense.data) + tokens[i] * s.hidden, size_t(s.hidden) * 4);
+            } else {
+                const uint16_t* row = static_cast<const uint16_t*>(table.dense.data) + tokens[i] * s.hidden;
+                for (int64_t k = 0; k < s.hidden; k++) x[k] = to_float(row[k], table.dense.type);
+            }
+            if (s.embedding_scale != 1)
+                for (int64_t k = 0; k < s.hidden; k++) x[k] *= s.embedding_scale;
+        }
+        barrier_.wait(count);
+        for (size_t b = 0; b < blocks.size(); b++) layer(w, blocks[b], int64_t(b), n, start);
+        if (!last && !all) return;
+        const int64_t from = all ? 0 : n - 1, rows = n - from;
+        auto [f, l] = w.share(rows);
+        for (int64_t i = f; i < l; i++) k_->rms_norm(x_.data() + (from + i) * s.hidden, final_norm, s.eps, s.hidden, normed_.data() + i * s.hidden);
+        barrier_.wait(count);
+        linear(w, head, normed_.data(), s.hidden, rows, logits, s.vocabulary, false);
+        if (s.logit_cap > 0 || s.logit_scale != 1) {
+            auto [a, b] = w.share(rows * s.vocabulary);
+            for (int64_t i = a; i < b; i++) logits[i] = s.logit_cap > 0 ? s.logit_cap * std::tanh(logits[i] * s.logit_scale / s.logit_cap) : logits[i] * s.logit_scale;
+            barrier_.wait(count);
+        }
+    });
+}
+
+}  // namespace lowbit

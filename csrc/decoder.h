@@ -1,0 +1,87 @@
+// A whole language model of the Llama kind: norms, attention with rotary positions, a gated feed-forward network; one description for its families.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "matrix.h"
+#include "threads.h"
+
+namespace lowbit {
+
+// One or several matrices with the same input, whose outputs lie one after the other.
+struct Linear {
+    struct Part {
+        bool packed = false;
+        Matrix matrix;
+        Dense dense;
+        int64_t rows() const { return packed ? matrix.rows : dense.rows; }
+    };
+    std::vector<Part> parts;
+    const float* bias = nullptr;
+    int64_t rows() const {
+        int64_t n = 0;
+        for (const Part& part : parts) n += part.rows();
+        return n;
+    }
+};
+
+struct Block {
+    const float *input_norm = nullptr, *attention_norm = nullptr;  // before attention; after it (Gemma, OLMo 2), on its output
+    const float *ffn_norm = nullptr, *output_norm = nullptr;       // before and after the feed-forward network
+    const float *q_norm = nullptr, *k_norm = nullptr;              // of each head, or with norm_all of all heads together
+    Linear qkv, o, gate_up, down;
+    int64_t window = 0;  // tokens that attention looks back, 0: all
+    int rope = 0;        // which table of cosines and sines; -1: none
+};
+
+struct Shape {
+    int64_t hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocabulary = 0;
+    float eps = 1e-5f, attention_scale = 0, attention_cap = 0, logit_cap = 0, embedding_scale = 1, residual_scale = 1, logit_scale = 1;
+    int activation = 0;     // 0: SiLU, 1: GELU by tanh
+    bool norm_all = false;  // q_norm and k_norm over all heads together
+    int64_t rope_half = 0;  // pairs that are turned
+};
+
+class Decoder {
+  public:
+    Decoder(const Shape& shape, int64_t context, int threads, const Kernels* kernels);
+
+    std::vector<Block> blocks;
+    const float* final_norm = nullptr;
+    Linear embedding, head;  // embedding: one part, read by rows
+    struct Table {
+        const float *cosine, *sine;  // [context][rope_half]
+    };
+    std::vector<Table> ropes;
+
+    // The tokens at positions start, start + 1, ...; logits of the last, or of every one with all: [1 or n][vocabulary].
+    void forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all);
+    int64_t context() const { return context_; }
+    int64_t cache_bytes() const;
+    const Shape& shape() const { return shape_; }
+
+    static constexpr int64_t CHUNK = 256;  // tokens at once
+
+  private:
+    struct Worker;
+    void chunk(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool last, bool all);
+    void layer(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start);
+    void attention(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start);
+    void linear(Worker& w, const Linear& of, const float* x, int64_t stride, int64_t n, float* y, int64_t y_stride, bool add);
+
+    Shape shape_;
+    int64_t context_;
+    int threads_;
+    const Kernels* k_;
+    Barrier barrier_;
+    std::vector<Memory> keys_, values_;  // of each block, [kv head][context][head dim] in float16
+    std::vector<float> x_, qkv_, attended_, hidden_, normed_;
+    struct Scratch;
+    std::vector<std::shared_ptr<Scratch>> scratch_;
+    std::vector<int8_t> codes_;
+    std::vector<float> scales_, sums_;
+};
+
+}  // namespace lowbit

@@ -1,0 +1,84 @@
+// How a quantized matrix lies in memory for the kernels, and how its inputs do.
+//
+// A matrix [rows, cols] is cut into tiles of 16 rows. A tile holds its scales [groups][16], then its zero-points [groups][16] (or nothing), then its codes, all in the order in which a
+// matrix-vector product reads them. Codes of b bits lie in planes; every plane's unit is 64 bytes, 16 rows of 4 bytes, and bit field j of byte i of row r is the code of input 4 j + i:
+//
+//     bytes    8 bits     4 inputs a unit          8
+//     nibbles  4 bits     8 inputs                 4, the low bits of 5 and 6, tables of 16 values
+//     pairs    2 bits    16 inputs                 2, the high bits of 6, the low bits of 3
+//     bits     1 bit     32 inputs                 1, the high bits of 3 and 5
+//
+// For codes of two planes, a run of 32 inputs (16 for 6 bits) has the low plane's units, then the high plane's.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace lowbit {
+
+constexpr int ROWS = 16;      // of a tile
+constexpr int MAX_BLOCK = 128;  // inputs of one integer sum, at most
+
+enum class Real : int { f32 = 0, f16 = 1, bf16 = 2 };
+// One zero-point for all; uint8 of each group; numbers of the scales' type; or minima of the scales' type: a weight is scale * code - minimum, and else scale * (code - zero).
+enum class Zeros : int { constant = 0, codes = 1, reals = 2, minima = 3 };
+
+struct Matrix {
+    int64_t rows = 0, cols = 0;  // rows is padded to ROWS in data
+    int bits = 4;                // 1, 2, 3, 4, 5, 6 or 8
+    int tables = 0;              // of 16 bytes each that codes of 4 bits look up: none, one, or two (high and low byte)
+    int64_t group = 0;           // inputs of one scale
+    int64_t block = 0;           // inputs of one integer sum and of one scale of the inputs: divides group
+    Real scales = Real::f32;
+    Zeros zeros = Zeros::constant;
+    float zero = 0;
+    alignas(16) uint8_t table[2][16] = {};
+    const uint8_t* data = nullptr;
+
+    int64_t tiles() const { return (rows + ROWS - 1) / ROWS; }
+    int64_t groups() const { return cols / group; }
+    int64_t scale_bytes() const { return groups() * ROWS * (scales == Real::f32 ? 4 : 2); }
+    int64_t zero_bytes() const { return zeros == Zeros::constant ? 0 : zeros == Zeros::codes ? groups() * ROWS : scale_bytes(); }
+    int64_t head_bytes() const { return (scale_bytes() + zero_bytes() + 63) / 64 * 64; }
+    int64_t block_bytes() const { return block * ROWS * bits / 8; }
+    int64_t tile_bytes() const { return head_bytes() + cols / block * block_bytes(); }
+    int64_t bytes() const { return tiles() * tile_bytes(); }
+};
+
+// Rows of inputs, rounded to int8 with one scale for each block.
+struct Inputs {
+    int64_t cols = 0, block = 0;
+    int8_t* codes = nullptr;   // [m][cols]
+    float* scales = nullptr;   // [m][cols / block]
+    float* sums = nullptr;     // [m][cols / block], of the codes
+};
+
+// Rows of 16-bit or 32-bit numbers as they lie in a checkpoint.
+struct Dense {
+    int64_t rows = 0, cols = 0;
+    Real type = Real::f32;
+    const void* data = nullptr;
+};
+
+// What one instruction set offers. All functions run in the calling thread, on the tiles (rows) that it is given.
+struct Kernels {
+    const char* name;
+    // codes, scales and sums of m rows of x.
+    void (*round)(const float* x, int64_t stride, int64_t m, const Inputs& out);
+    // y[i][row] = (add ? y : 0) + sum_k W[row][k] x[i][k] for the rows of tiles first to last; scratch: panel_bytes(m).
+    void (*matmul)(const Matrix& w, const Inputs& x, int64_t m, float* y, int64_t stride, bool add, int64_t first, int64_t last, uint8_t* scratch);
+    void (*dense)(const Dense& w, const float* x, int64_t x_stride, int64_t m, float* y, int64_t stride, bool add, int64_t first_row, int64_t last_row);
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
+    void (*rope)(float* x, const float* cosine, const float* sine, int64_t half);  // of one head; the halves are its first and second 'half' numbers
+    // One query head against n cached keys and values (float16, rows of dim): y [dim]. scores: n floats.
+    void (*attend)(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n, int64_t dim, float scale, float cap, float* scores, float* y);
+    void (*gate)(float* gate, const float* up, int64_t n, int kind);  // gate = act(gate) * up; kind 0: SiLU, 1: GELU by tanh
+    void (*to_half)(const float* x, uint16_t* y, int64_t n);
+};
+
+int64_t panel_bytes(int64_t m);  // of matmul's scratch
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();    // nullptr where they were not built
+const Kernels* avx512_kernels();
+
+}  // namespace lowbit

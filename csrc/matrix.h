@@ -1,0 +1,30 @@
+// Matrices in the kernels' layout: made from codes, scales and zero-points, read back, and multiplied in several threads.
+#pragma once
+#include <memory>
+#include <string>
+
+#include "layout.h"
+
+namespace lowbit {
+
+struct FreeAligned {
+    void operator()(void* p) const;
+};
+using Memory = std::unique_ptr<uint8_t[], FreeAligned>;
+Memory allocate(int64_t bytes);  // aligned to 64 bytes, not touched; std::bad_alloc
+
+// The kernels of an instruction set by name: "" is the best that this processor has. nullptr: unknown, not built, or not on this processor.
+const Kernels* kernels(const std::string& isa);
+bool supported(const std::string& isa);
+
+// Rows first to first + count of codes [count, cols], scales and zeros [count, groups] (zeros may be null) into data, which has w.bytes(). first is a multiple of ROWS.
+void pack(const Matrix& w, uint8_t* data, int64_t first, int64_t count, const uint8_t* codes, const float* scales, const float* zeros);
+// One row as numbers: out [cols].
+void unpack_row(const Matrix& w, int64_t row, float* out);
+// One row's codes [cols], scales and zero-points [groups].
+void unpack_parts(const Matrix& w, int64_t row, uint8_t* codes, float* scales, float* zeros);
+
+float to_float(uint16_t bits, Real type);  // a float16 or bfloat16
+int64_t largest_block(int bits, int64_t group);  // that a matrix of such codes may have; 0: none
+
+}  // namespace lowbit

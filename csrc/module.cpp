@@ -1,0 +1,255 @@
+// The Python module lowbit.kernels._native: packed matrices, their products, and the decoder.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "decoder.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace lowbit;
+
+namespace {
+
+template <class T>
+using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out2 = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const std::string& message) {
+    if (!condition) throw nb::value_error(message.c_str());
+}
+
+const Kernels* chosen(const std::string& isa) {
+    const Kernels* found = kernels(isa);
+    require(found != nullptr, "isa is '" + isa + "', which this processor does not have or this build has not; known are portable, avx2, avx512");
+    return found;
+}
+
+struct Packed {
+    Matrix matrix;
+    Memory memory;
+
+    Packed(int64_t rows, int64_t cols, int bits, int64_t group, int scales, int zeros, float zero, std::optional<std::vector<int>> table) {
+        require(rows > 0 && cols > 0, "rows and cols must be positive");
+        require(bits >= 1 && bits <= 8 && bits != 7, "bits must be 1, 2, 3, 4, 5, 6 or 8");
+        require(group > 0 && cols % group == 0, "group must divide cols");
+        require(scales >= 0 && scales <= 2 && zeros >= 0 && zeros <= 3, "scales are of kind 0, 1 or 2, zeros of 0 to 3");
+        matrix.rows = rows, matrix.cols = cols, matrix.bits = bits, matrix.group = group;
+        matrix.block = largest_block(bits, group);
+        require(matrix.block > 0, "a group of " + std::to_string(group) + " holds no whole unit of codes of " + std::to_string(bits) + " bits");
+        matrix.scales = Real(scales), matrix.zeros = Zeros(zeros), matrix.zero = zero;
+        if (table) {
+            require(bits == 4 && (table->size() == 16 || table->size() == 32), "a table has 16 values of one byte, or twice 16 (high bytes, low bytes), for codes of 4 bits");
+            matrix.tables = int(table->size() / 16);
+            for (size_t i = 0; i < table->size(); i++) matrix.table[i / 16][i % 16] = uint8_t((*table)[i]);
+        }
+        memory = allocate(matrix.bytes());
+        matrix.data = memory.get();
+    }
+
+    void fill(int64_t first, Array2<uint8_t> codes, Array2<float> scales, std::optional<Array2<float>> zeros, int threads) {
+        const int64_t count = int64_t(codes.shape(0));
+        require(first % ROWS == 0 && first >= 0 && first + count <= matrix.rows, "rows to fill begin at a multiple of 16 and end within the matrix");
+        require(int64_t(codes.shape(1)) == matrix.cols, "codes have another number of columns");
+        require(int64_t(scales.shape(0)) == count && int64_t(scales.shape(1)) == matrix.groups(), "scales are [rows, groups]");
+        require((matrix.zeros == Zeros::constant) == !zeros, "zeros are given where each group has its own, and else not");
+        require(!zeros || (int64_t(zeros->shape(0)) == count && int64_t(zeros->shape(1)) == matrix.groups()), "zeros are [rows, groups]");
+        nb::gil_scoped_release release;
+        const int64_t groups = matrix.groups(), tiles = (count + ROWS - 1) / ROWS;
+        parallel(int(std::min<int64_t>(threads, tiles)), [&](int id, int total) {
+            const int64_t from = tiles * id / total * ROWS, to = std::min(count, tiles * (id + 1) / total * ROWS);
+            if (from < to)
+                pack(matrix, memory.get(), first + from, to - from, codes.data() + from * matrix.cols, scales.data() + from * groups, zeros ? zeros->data() + from * groups : nullptr);
+        });
+    }
+
+    void row(int64_t index, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) const {
+        require(index >= 0 && index < matrix.rows && int64_t(out.shape(0)) == matrix.cols, "row or size out of range");
+        unpack_row(matrix, index, out.data());
+    }
+};
+
+struct Buffers {
+    std::vector<int8_t> codes;
+    std::vector<float> scales, sums;
+    std::vector<std::vector<uint8_t>> panels;
+};
+
+Inputs inputs(Buffers& b, const Matrix& w, int64_t m) {
+    const int64_t blocks = w.cols / w.block;
+    if (int64_t(b.codes.size()) < m * w.cols) b.codes.resize(size_t(m * w.cols));
+    if (int64_t(b.scales.size()) < m * blocks) b.scales.resize(size_t(m * blocks)), b.sums.resize(size_t(m * blocks));
+    return {w.cols, w.block, b.codes.data(), b.scales.data(), b.sums.data()};
+}
+
+constexpr int64_t AT_ONCE = 512;  // rows of inputs
+
+void matmul(const Packed& w, Array2<float> x, Out2<float> y, int threads, const std::string& isa) {
+    const Kernels* k = chosen(isa);
+    const int64_t m = int64_t(x.shape(0)), cols = w.matrix.cols, rows = w.matrix.rows;
+    require(int64_t(x.shape(1)) == cols && int64_t(y.shape(0)) == m && int64_t(y.shape(1)) == rows, "x is [m, cols] and y [m, rows]");
+    nb::gil_scoped_release release;
+    static thread_local Buffers buffers;
+    if (int(buffers.panels.size()) < threads) buffers.panels.resize(size_t(threads));
+    for (int64_t done = 0; done < m; done += AT_ONCE) {
+        const int64_t n = std::min(AT_ONCE, m - done), blocks = cols / w.matrix.block;
+        Inputs in = inputs(buffers, w.matrix, n);
+        Barrier barrier;
+        Buffers& shared = buffers;
+        parallel(threads, [&](int id, int count) {
+            auto& panel = shared.panels[size_t(id)];
+            if (int64_t(panel.size()) < panel_bytes(n)) panel.resize(size_t(panel_bytes(n)));
+            if (n >= count) {
+                const int64_t a = n * id / count, b = n * (id + 1) / count;
+                k->round(x.data() + (done + a) * cols, cols, b - a, {cols, in.block, in.codes + a * cols, in.scales + a * blocks, in.sums + a * blocks});
+            } else if (id < n) {
+                k->round(x.data() + (done + id) * cols, cols, 1, {cols, in.block, in.codes + id * cols, in.scales + id * blocks, in.sums + id * blocks});
+            }
+            barrier.wait(count);
+            const int64_t pieces = (w.matrix.tiles() + 3) / 4, tiles = w.matrix.tiles();
+            k->matmul(w.matrix, in, n, y.data() + done * rows, rows, false, std::min(tiles, pieces * id / count * 4), std::min(tiles, pieces * (id + 1) / count * 4), panel.data());
+        });
+    }
+}
+
+// Rows of float32, float16 or bfloat16 (as int16), where they lie; the array must outlive it.
+struct DenseRows {
+    Dense dense;
+    DenseRows(nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro> array, int type) {
+        require(type >= 0 && type <= 2 && array.itemsize() == size_t(type == 0 ? 4 : 2), "type is 0 (float32), 1 (float16) or 2 (bfloat16), of 4 or 2 bytes");
+        dense = {int64_t(array.shape(0)), int64_t(array.shape(1)), Real(type), array.data()};
+    }
+};
+
+void dense_matmul(const DenseRows& w, Array2<float> x, Out2<float> y, int threads, const std::string& isa) {
+    const Kernels* k = chosen(isa);
+    const int64_t m = int64_t(x.shape(0));
+    require(int64_t(x.shape(1)) == w.dense.cols && int64_t(y.shape(0)) == m && int64_t(y.shape(1)) == w.dense.rows, "x is [m, cols] and y [m, rows]");
+    nb::gil_scoped_release release;
+    parallel(threads, [&](int id, int count) {
+        const int64_t pieces = (w.dense.rows + 15) / 16;
+        k->dense(w.dense, x.data(), w.dense.cols, m, y.data(), w.dense.rows, false, std::min(w.dense.rows, pieces * id / count * 16), std::min(w.dense.rows, pieces * (id + 1) / count * 16));
+    });
+}
+
+using Part = std::variant<const Packed*, const DenseRows*>;
+using Vector = std::optional<Array1<float>>;
+
+Linear linear_of(const std::vector<Part>& parts, const Vector& bias, int64_t rows, int64_t cols, const char* name) {
+    Linear made;
+    for (const Part& part : parts) {
+        Linear::Part p;
+        if (auto packed = std::get_if<const Packed*>(&part)) {
+            p.packed = true, p.matrix = (*packed)->matrix;
+            require(p.matrix.cols == cols, std::string(name) + " has another number of columns");
+        } else {
+            p.dense = std::get<const DenseRows*>(part)->dense;
+            require(p.dense.cols == cols, std::string(name) + " has another number of columns");
+        }
+        made.parts.push_back(p);
+    }
+    require(made.rows() == rows, std::string(name) + " has " + std::to_string(made.rows()) + " rows; expected " + std::to_string(rows));
+    require(!bias || int64_t(bias->shape(0)) == rows, std::string(name) + ": the bias has another size");
+    made.bias = bias ? bias->data() : nullptr;
+    return made;
+}
+
+const float* vector_of(const Vector& v, int64_t size, const char* name) {
+    require(!v || int64_t(v->shape(0)) == size, std::string(name) + " has another size");
+    return v ? v->data() : nullptr;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);
+    m.def("instruction_sets", [] {
+        std::vector<std::string> found;
+        for (const char* isa : {"avx512", "avx2", "portable"})
+            if (supported(isa)) found.emplace_back(isa);
+        return found;
+    }, "The instruction sets of this build that this processor has, best first.");
+    m.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads are used: openmp (the runtime that is loaded already) or own.");
+    m.def("largest_block", &largest_block, "bits"_a, "group"_a);
+    nb::class_<Packed>(m, "Packed", "A matrix [rows, cols] of codes in groups, in the kernels' layout.")
+        .def(nb::init<int64_t, int64_t, int, int64_t, int, int, float, std::optional<std::vector<int>>>(), "rows"_a, "cols"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a, "zero"_a, "table"_a.none())
+        .def("fill", &Packed::fill, "first"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "threads"_a = 1)
+        .def("row", &Packed::row, "index"_a, "out"_a)
+        .def_prop_ro("nbytes", [](const Packed& p) { return p.matrix.bytes(); })
+        .def_prop_ro("rows", [](const Packed& p) { return p.matrix.rows; })
+        .def_prop_ro("cols", [](const Packed& p) { return p.matrix.cols; })
+        .def_prop_ro("bits", [](const Packed& p) { return p.matrix.bits; })
+        .def_prop_ro("block", [](const Packed& p) { return p.matrix.block; });
+    nb::class_<DenseRows>(m, "Dense").def(nb::init<nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>, int>(), "array"_a, "type"_a, nb::keep_alive<1, 2>());
+    m.def("matmul", &matmul, "w"_a, "x"_a, "y"_a, "threads"_a, "isa"_a = "");
+    m.def("dense_matmul", &dense_matmul, "w"_a, "x"_a, "y"_a, "threads"_a, "isa"_a = "");
+    m.def("round_inputs", [](Array2<float> x, int64_t block, nb::ndarray<int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> codes, Out2<float> scales, Out2<float> sums, const std::string& isa) {
+        const int64_t rows = int64_t(x.shape(0)), cols = int64_t(x.shape(1));
+        require(block > 0 && cols % block == 0 && int64_t(codes.shape(0)) == rows && int64_t(codes.shape(1)) == cols, "codes are as x, and block divides its columns");
+        require(int64_t(scales.shape(0)) == rows && int64_t(scales.shape(1)) == cols / block && int64_t(sums.shape(0)) == rows && int64_t(sums.shape(1)) == cols / block, "scales and sums are [rows, blocks]");
+        chosen(isa)->round(x.data(), cols, rows, {cols, block, codes.data(), scales.data(), sums.data()});
+    }, "x"_a, "block"_a, "codes"_a, "scales"_a, "sums"_a, "isa"_a = "");
+
+    nb::class_<Decoder>(m, "Decoder", "A language model of the Llama kind.")
+        .def("__init__", [](Decoder* self, nb::dict values, int64_t context, int threads, const std::string& isa) {
+            Shape s;
+            auto whole = [&](const char* name) { return nb::cast<int64_t>(values[name]); };
+            auto real = [&](const char* name) { return nb::cast<float>(values[name]); };
+            s.hidden = whole("hidden"), s.heads = whole("heads"), s.kv_heads = whole("kv_heads"), s.head_dim = whole("head_dim"), s.ffn = whole("ffn"), s.vocabulary = whole("vocabulary");
+            s.eps = real("eps"), s.attention_scale = real("attention_scale"), s.attention_cap = real("attention_cap"), s.logit_cap = real("logit_cap");
+            s.embedding_scale = real("embedding_scale"), s.residual_scale = real("residual_scale"), s.logit_scale = real("logit_scale");
+            s.activation = int(whole("activation")), s.norm_all = whole("norm_all") != 0, s.rope_half = whole("rope_half");
+            require(s.hidden > 0 && s.heads > 0 && s.kv_heads > 0 && s.heads % s.kv_heads == 0 && s.head_dim > 0 && s.ffn > 0 && s.vocabulary > 0 && context > 0 && threads > 0, "sizes must be positive, and kv_heads divide heads");
+            require(s.rope_half >= 0 && 2 * s.rope_half <= s.head_dim, "rope_half is at most half of head_dim");
+            new (self) Decoder(s, context, threads, chosen(isa));
+        }, "shape"_a, "context"_a, "threads"_a, "isa"_a = "")
+        .def("add_rope", [](Decoder& d, Array2<float> cosine, Array2<float> sine) {
+            for (auto& table : {cosine, sine})
+                require(int64_t(table.shape(0)) >= d.context() && int64_t(table.shape(1)) == d.shape().rope_half, "cosines and sines are [context, rope_half]");
+            d.ropes.push_back({cosine.data(), sine.data()});
+        }, "cosine"_a, "sine"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+        .def("set_ends", [](Decoder& d, const std::vector<Part>& embedding, const std::vector<Part>& head, Array1<float> norm) {
+            const Shape& s = d.shape();
+            require(embedding.size() == 1, "the embedding is one matrix");
+            d.embedding = linear_of(embedding, {}, s.vocabulary, s.hidden, "embedding");
+            d.head = linear_of(head, {}, s.vocabulary, s.hidden, "head");
+            d.final_norm = vector_of(norm, s.hidden, "final norm");
+        }, "embedding"_a, "head"_a, "norm"_a)
+        .def("add_block", [](Decoder& d, nb::dict norms, const std::vector<Part>& qkv, Vector qkv_bias, const std::vector<Part>& o, Vector o_bias, const std::vector<Part>& gate_up, Vector gate_up_bias,
+                             const std::vector<Part>& down, Vector down_bias, int64_t window, int rope) {
+            const Shape& s = d.shape();
+            Block b;
+            auto norm = [&](const char* name, int64_t size) -> const float* { return norms.contains(name) ? vector_of(nb::cast<Vector>(norms[name]), size, name) : nullptr; };
+            b.input_norm = norm("input", s.hidden), b.attention_norm = norm("attention", s.hidden), b.ffn_norm = norm("ffn", s.hidden), b.output_norm = norm("output", s.hidden);
+            b.q_norm = norm("q", s.norm_all ? s.heads * s.head_dim : s.head_dim), b.k_norm = norm("k", s.norm_all ? s.kv_heads * s.head_dim : s.head_dim);
+            require((b.q_norm == nullptr) == (b.k_norm == nullptr), "q and k have both a norm or none");
+            b.qkv = linear_of(qkv, qkv_bias, (s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden, "qkv");
+            b.o = linear_of(o, o_bias, s.hidden, s.heads * s.head_dim, "o");
+            b.gate_up = linear_of(gate_up, gate_up_bias, 2 * s.ffn, s.hidden, "gate and up");
+            b.down = linear_of(down, down_bias, s.hidden, s.ffn, "down");
+            require(rope >= -1 && rope < int(d.ropes.size()) && window >= 0, "rope names a table, or is -1");
+            b.window = window, b.rope = rope;
+            d.blocks.push_back(b);
+        }, "norms"_a, "qkv"_a, "qkv_bias"_a.none(), "o"_a, "o_bias"_a.none(), "gate_up"_a, "gate_up_bias"_a.none(), "down"_a, "down_bias"_a.none(), "window"_a, "rope"_a)
+        .def("forward", [](Decoder& d, Array1<int64_t> tokens, int64_t start, Out2<float> logits, bool all) {
+            const int64_t n = int64_t(tokens.shape(0));
+            require(n > 0 && start >= 0 && start + n <= d.context(), "positions are out of the context");
+            require(int64_t(logits.shape(0)) == (all ? n : 1) && int64_t(logits.shape(1)) == d.shape().vocabulary, "logits are [1 or n, vocabulary]");
+            require(d.final_norm != nullptr && !d.blocks.empty(), "the decoder is not complete");
+            for (int64_t i = 0; i < n; i++) require(tokens.data()[i] >= 0 && tokens.data()[i] < d.shape().vocabulary, "a token is out of the vocabulary");
+            nb::gil_scoped_release release;
+            d.forward(tokens.data(), n, start, logits.data(), all);
+        }, "tokens"_a, "start"_a, "logits"_a, "all"_a = false)
+        .def_prop_ro("context", &Decoder::context)
+        .def_prop_ro("cache_bytes", &Decoder::cache_bytes);
+}

@@ -1,0 +1,11 @@
+"""Fast arithmetic on packed matrices.
+
+    native.py      the C++ extension (csrc/), where it was built
+    packed.py      any quantized matrix in the layout that it streams
+    reference.py   what its products are, in plain torch: the oracle, and what runs where there is no extension
+"""
+
+from .native import instruction_sets, native, why_not
+from .packed import PackedMatrix, can_pack, pack
+
+__all__ = ["PackedMatrix", "can_pack", "instruction_sets", "native", "pack", "why_not"]

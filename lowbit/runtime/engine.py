@@ -1,0 +1,120 @@
+"""What runs a model: the native decoder, or transformers for every other architecture; both continue a list of tokens and keep what they have seen."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from ..checkpoints import open_checkpoint
+from ..errors import ModelError
+from ..models import skeleton as sk
+from ..pipeline import resources
+from ..pipeline.load import load
+from ..pipeline.locate import load_tokenizer, locate
+from ..progress import SILENT, Progress
+from .decoder import open_native, why_not_native
+
+CONTEXT = 4096
+
+
+class Model(Protocol):
+    vocabulary: int
+    context: int
+    nbytes: int
+    notes: list[str]
+
+    def forward(self, tokens: list[int], start: int, *, every: bool = False) -> Tensor: ...
+
+
+class TransformersModel:
+    """A transformers model with its cache."""
+
+    def __init__(self, model: Any, context: int) -> None:
+        self.model, self.context = model, context
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.nbytes = sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
+        self.notes: list[str] = []
+        self._cache: Any = None
+
+    def forward(self, tokens: list[int], start: int, *, every: bool = False) -> Tensor:
+        if start == 0 or self._cache is None:
+            self._cache = DynamicCache(config=self.model.config)
+        elif start < self._cache.get_seq_length():
+            self._cache.crop(start)
+        with torch.inference_mode():
+            ids = torch.tensor([tokens], device=self.model.device)
+            found = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=0 if every else 1)
+        return found.logits[0].float().cpu()
+
+
+@dataclass
+class Engine:
+    """A model with its tokenizer. seen: the tokens whose keys and values are in the cache. reason: why it is not the native decoder (empty where it is)."""
+
+    model: Model
+    tokenizer: Any
+    name: str
+    reason: str
+    load_seconds: float
+    stops: frozenset[int]
+    defaults: Any = None
+    seen: list[int] = field(default_factory=list)
+
+    @property
+    def context(self) -> int:
+        return self.model.context
+
+    def feed(self, tokens: list[int]) -> Tensor:
+        """Logits float32 [vocabulary] after tokens; the beginning that is in the cache already is not computed again."""
+        known = 0
+        for mine, theirs in zip(self.seen, tokens[:-1], strict=False):
+            if mine != theirs:
+                break
+            known += 1
+        self.seen = self.seen[:known]
+        logits = self.model.forward(tokens[known:], known)[-1]
+        self.seen = list(tokens)
+        return logits
+
+
+def open_model(path: str | Path, *, context: int | None = None, threads: int | None = None, isa: str = "", native: bool | None = None, progress: Progress = SILENT) -> Engine:
+    """Open anything that lowbit reads for running.
+
+    context: tokens of prompt and answer together (None: what the model allows, at most 4096). isa: of the native kernels. native: None where it can be, True to insist, False never.
+    Raises LowbitError for what cannot be run here.
+    """
+    started = time.monotonic()
+    located = locate(path, progress=progress)
+    checkpoint = open_checkpoint(located)
+    built = sk.build(checkpoint)
+    limit = getattr(built.text_config, "max_position_embeddings", None) or CONTEXT
+    length = min(context or min(CONTEXT, limit), limit)
+    reason = "it was asked not to be" if native is False else why_not_native(built)
+    if reason and native:
+        raise ModelError(f"{located} cannot run in the native decoder: {reason}.")
+    resources.require_memory(int(1.1 * checkpoint.tensor_bytes), purpose="Running this model")
+    model: Model = TransformersModel(load(located), length) if reason else open_native(built, context=length, threads=threads, isa=isa, progress=progress)
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
+        tokenizer = load_tokenizer(checkpoint, Path(scratch))
+    defaults = None
+    if found := next((file.parent for file in checkpoint.files if file.name == "generation_config.json"), None):
+        with suppress(OSError, ValueError):
+            defaults = GenerationConfig.from_pretrained(found)
+    return Engine(model, tokenizer, Path(located).name, reason, time.monotonic() - started, _stops(tokenizer, defaults, built.text_config), defaults)
+
+
+def _stops(tokenizer: Any, defaults: Any, config: Any) -> frozenset[int]:
+    """Tokens that end a text, by tokenizer, generation config and config."""
+    found: set[int] = set()
+    for value in (tokenizer.eos_token_id, getattr(defaults, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+        if value is not None:
+            found |= set(value) if isinstance(value, list | tuple) else {int(value)}
+    return frozenset(found)

@@ -1,0 +1,129 @@
+"""The native kernels, each instruction set that this processor has, against their meaning in plain torch."""
+
+import shutil
+
+import pytest
+import torch
+
+from lowbit import kernels, numerics
+from lowbit.errors import FormatError
+from lowbit.kernels import reference
+from lowbit.pipeline import recipes
+
+FORMATS = [
+    "int2-asym-g64", "int2-sym-g16", "int3-asym-g64", "int3-sym-g16", "int3-asym-channel", "int4-asym-g128", "int4-sym-g32", "int4-sym-channel", "int5-asym-g64", "int6-sym-g32", "int6-asym-g16",
+    "int8-sym-channel", "int8-asym-g64", "int7-sym-g32", "int4-asym-g64-hqq", "nf4", "nf4-dq", "fp4", "mxfp4", "nvfp4", "binary", "ternary", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k",
+    "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
+]  # fmt: skip
+needs_native = pytest.mark.skipif(kernels.native() is None, reason=f"no native extension: {kernels.why_not()}")
+
+
+def matrix(name: str, rows: int = 83, cols: int = 768, seed: int = 0):
+    recipe = recipes.parse(name if name.endswith("hqq") or name in ("binary", "ternary") else f"{name}-rtn").recipe
+    torch.manual_seed(seed)
+    return numerics.quantize(torch.randn(rows, cols) * 0.05 + 0.01, recipe.scheme)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_extension_is_built_where_there_is_a_compiler():
+    assert kernels.native() is not None, kernels.why_not()
+    assert kernels.instruction_sets()[-1] == "portable"
+
+
+@needs_native
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_are_those_of_the_decoded_matrix(name):
+    """Packed, a matrix decodes to what it was (k-quants' products of scales: within float16); products with rounded inputs are float32 sums of them, few rows and many, in every instruction set."""
+    qt = matrix(name)
+    packed = kernels.pack(qt)
+    W, goal = packed.dequantize(), numerics.dequantize(qt)
+    tolerance = 1.5e-3 if name.endswith("_k") or name == "iq4_xs" else 3e-5 if name.startswith("nf4") else 1e-6
+    assert (W - goal).abs().max() <= tolerance * goal.abs().max()
+    for rows in (1, 2, 3, 4, 5, 13, 64):
+        x = torch.randn(rows, 768, generator=torch.Generator().manual_seed(rows))
+        expected = reference.matmul(W, x, packed.block)
+        for isa in kernels.instruction_sets():
+            error = (packed.matmul(x, isa=isa) - expected).abs().max() / expected.abs().max()
+            assert error < 1e-6, (rows, isa)
+
+
+@needs_native
+def test_rounded_inputs_explain_the_error():
+    """Against exact inputs the error is that of 8 bits: each input moves by at most half a step of its block."""
+    qt = matrix("int4-asym-g128")
+    packed, x = kernels.pack(qt), torch.randn(32, 768)
+    exact = x.double() @ numerics.dequantize(qt).double().T
+    step = x.view(32, -1, packed.block).abs().amax(-1) / 127
+    bound = (step.unsqueeze(-1) / 2).expand(-1, -1, packed.block).reshape(32, 768).double() @ numerics.dequantize(qt).double().abs().T
+    error = (packed.matmul(x) - exact).abs()
+    assert bool((error <= bound + 1e-6).all()) and float(error.norm() / exact.norm()) < 0.012
+
+
+@needs_native
+@pytest.mark.parametrize(("rows", "cols", "name"), [(1, 64, "int4-sym-g32"), (16, 96, "int4-asym-g32"), (17, 576, "int4-asym-g128"), (250, 200, "int8-sym-channel"), (40, 1536, "nf4"), (31, 144, "int2-sym-g16")])
+def test_odd_shapes(rows, cols, name):
+    """Rows that fill no tile, groups that do not divide the columns (each is then several), blocks of other sizes."""
+    qt = matrix(name, rows, cols)
+    packed, x = kernels.pack(qt), torch.randn(9, cols)
+    W = packed.dequantize()
+    assert torch.allclose(W, numerics.dequantize(qt), rtol=1e-6, atol=1e-5)
+    for isa in kernels.instruction_sets():
+        expected = reference.matmul(W, x, packed.block)
+        assert (packed.matmul(x, isa=isa) - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1e-3)
+        assert torch.equal(packed.matmul(x[:1], isa=isa), packed.matmul(x[:1].clone(), isa=isa))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+def test_inputs_are_rounded_as_the_reference_does(isa):
+    x = torch.randn(300, 768)
+    x[0], x[1, :128], x[2, 5] = 0, 1e-30, 3e4
+    for block in (8, 32, 96, 128):
+        codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(300, 768 // block)
+        sums = torch.empty_like(scales)
+        kernels.native().round_inputs(x.numpy(), block, codes.numpy(), scales.numpy(), sums.numpy(), isa)
+        goal, goal_scales = reference.round_inputs(x, block)
+        assert torch.equal(codes, goal) and torch.equal(scales, goal_scales)
+        assert torch.equal(sums, goal.view(300, -1, block).sum(-1, dtype=torch.int32).float())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dense_rows(dtype):
+    W, x = torch.randn(37, 100).to(dtype), torch.randn(6, 100)
+    array = W.numpy() if dtype == torch.float32 else W.view(torch.int16).numpy()
+    rows = kernels.native().Dense(array, {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype])
+    for isa in kernels.instruction_sets():
+        y = torch.empty(6, 37)
+        kernels.native().dense_matmul(rows, x.numpy(), y.numpy(), 2, isa)
+        torch.testing.assert_close(y, x @ W.float().T, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_what_the_kernels_do_not_take_is_refused():
+    for name in ("int4-sym-g12", "e8p12-quip"):
+        scheme = recipes.parse(f"{name}-rtn").recipe.scheme if "quip" not in name else recipes.parse("quip-2").recipe.scheme
+        if "quip" in name:
+            assert not kernels.can_pack(scheme)
+            continue
+        with pytest.raises(FormatError, match="no multiple of 8"):
+            kernels.pack(numerics.quantize(torch.randn(16, 36), scheme))
+    native = kernels.native()
+    with pytest.raises(ValueError, match="isa is 'sse9'"):
+        kernels.pack(matrix("q8_0")).matmul(torch.randn(1, 768), isa="sse9")
+    with pytest.raises(ValueError, match="x is"):
+        native.matmul(kernels.pack(matrix("q8_0")).held, torch.randn(2, 32).numpy(), torch.empty(2, 83).numpy(), 1, "")
+    with pytest.raises(ValueError, match="group must divide"):
+        native.Packed(16, 100, 4, 64, 0, 0, 0.0, None)
+    held = native.Packed(16, 64, 4, 32, 0, 0, 8.0, None)
+    for codes, scales in ((torch.zeros(16, 32, dtype=torch.uint8), torch.ones(16, 2)), (torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2)), (torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 3))):
+        with pytest.raises(ValueError):
+            held.fill(0, codes.numpy(), scales.numpy(), None)
+
+
+def test_reference_rounds_half_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 0.0, 126.5]])
+    codes, scales = reference.round_inputs(x, 8)
+    assert codes.tolist() == [[127, 0, 2, 2, 0, -2, 0, 126]] and scales.tolist() == [[1.0]]
+
+
