@@ -43,16 +43,28 @@ class TransformersModel:
         self.nbytes = sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
         self.notes: list[str] = []
         self._cache: Any = None
+        self._seen: list[int] = []
 
     def forward(self, tokens: list[int], start: int, *, every: bool = False) -> Tensor:
-        if start == 0 or self._cache is None:
-            self._cache = DynamicCache(config=self.model.config)
-        elif start < self._cache.get_seq_length():
-            self._cache.crop(start)
+        self._seen = [*self._seen[:start], *tokens]
+        fed = tokens if self._cut(start) else self._seen
         with torch.inference_mode():
-            ids = torch.tensor([tokens], device=self.model.device)
-            found = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=0 if every else 1)
+            ids = torch.tensor([fed], device=self.model.device)
+            found = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=len(tokens) if every else 1)
         return found.logits[0].float().cpu()
+
+    def _cut(self, length: int) -> bool:
+        """Make the cache hold the first tokens alone; where it cannot forget (sliding windows, states), begin anew and return False."""
+        held = 0 if self._cache is None else self._cache.get_seq_length()
+        if length and held == length:
+            return True
+        if 0 < length < held:
+            with suppress(ValueError, RuntimeError, AttributeError):
+                self._cache.crop(length - held)
+                if self._cache.get_seq_length() == length:
+                    return True
+        self._cache = DynamicCache(config=self.model.config)
+        return length == 0
 
 
 @dataclass

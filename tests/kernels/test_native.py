@@ -60,7 +60,9 @@ def test_rounded_inputs_explain_the_error():
 
 
 @needs_native
-@pytest.mark.parametrize(("rows", "cols", "name"), [(1, 64, "int4-sym-g32"), (16, 96, "int4-asym-g32"), (17, 576, "int4-asym-g128"), (250, 200, "int8-sym-channel"), (40, 1536, "nf4"), (31, 144, "int2-sym-g16")])
+@pytest.mark.parametrize(
+    ("rows", "cols", "name"), [(1, 64, "int4-sym-g32"), (16, 96, "int4-asym-g32"), (17, 576, "int4-asym-g128"), (250, 200, "int8-sym-channel"), (40, 1536, "nf4"), (31, 144, "int2-sym-g16")]
+)
 def test_odd_shapes(rows, cols, name):
     """Rows that fill no tile, groups that do not divide the columns (each is then several), blocks of other sizes."""
     qt = matrix(name, rows, cols)
@@ -116,9 +118,9 @@ def test_what_the_kernels_do_not_take_is_refused():
     with pytest.raises(ValueError, match="group must divide"):
         native.Packed(16, 100, 4, 64, 0, 0, 0.0, None)
     held = native.Packed(16, 64, 4, 32, 0, 0, 8.0, None)
-    for codes, scales in ((torch.zeros(16, 32, dtype=torch.uint8), torch.ones(16, 2)), (torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2)), (torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 3))):
+    for shape, groups in (((16, 32), 2), ((32, 64), 2), ((16, 64), 3)):
         with pytest.raises(ValueError):
-            held.fill(0, codes.numpy(), scales.numpy(), None)
+            held.fill(0, torch.zeros(shape, dtype=torch.uint8).numpy(), torch.ones(shape[0], groups).numpy(), None)
 
 
 def test_reference_rounds_half_to_even():
