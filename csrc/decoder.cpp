@@ -26,11 +26,13 @@ Decoder::Decoder(const Shape& shape, int64_t context, int threads, const Kernels
 
 int64_t Decoder::cache_bytes() const { return int64_t(blocks.size()) * 2 * shape_.kv_heads * context_ * shape_.head_dim * 2; }
 
-void Decoder::forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all) {
+void Decoder::forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all, int64_t slot) {
     const Shape& s = shape_;
-    while (keys_.size() < blocks.size()) {
-        keys_.push_back(allocate(s.kv_heads * context_ * s.head_dim * 2));
-        values_.push_back(allocate(s.kv_heads * context_ * s.head_dim * 2));
+    if (int64_t(caches_.size()) <= slot) caches_.resize(size_t(slot + 1));
+    cache_ = &caches_[size_t(slot)];
+    while (cache_->keys.size() < blocks.size()) {
+        cache_->keys.push_back(allocate(s.kv_heads * context_ * s.head_dim * 2));
+        cache_->values.push_back(allocate(s.kv_heads * context_ * s.head_dim * 2));
     }
     const int64_t rows = std::min(n, CHUNK), wide = std::max({s.hidden, s.heads * s.head_dim, s.ffn});
     const int64_t qkv = (s.heads + 2 * s.kv_heads) * s.head_dim;
@@ -85,8 +87,8 @@ void Decoder::linear(Worker& w, const Linear& of, const float* x, int64_t stride
 void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start) {
     const Shape& s = shape_;
     const int64_t d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d, group = s.heads / s.kv_heads;
-    uint16_t* keys = reinterpret_cast<uint16_t*>(keys_[size_t(index)].get());
-    uint16_t* values = reinterpret_cast<uint16_t*>(values_[size_t(index)].get());
+    uint16_t* keys = reinterpret_cast<uint16_t*>(cache_->keys[size_t(index)].get());
+    uint16_t* values = reinterpret_cast<uint16_t*>(cache_->values[size_t(index)].get());
     if (block.q_norm && s.norm_all) {
         auto [first, last] = w.share(n);
         for (int64_t i = first; i < last; i++) {

@@ -56,8 +56,8 @@ class Decoder {
     };
     std::vector<Table> ropes;
 
-    // The tokens at positions start, start + 1, ...; logits of the last, or of every one with all: [1 or n][vocabulary].
-    void forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all);
+    // The tokens at positions start, start + 1, ... of one text; logits of the last, or of every one with all: [1 or n][vocabulary]. Texts (slot 0, 1, ...) have a cache each.
+    void forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all, int64_t slot);
     int64_t context() const { return context_; }
     int64_t cache_bytes() const;
     const Shape& shape() const { return shape_; }
@@ -76,7 +76,11 @@ class Decoder {
     int threads_;
     const Kernels* k_;
     Barrier barrier_;
-    std::vector<Memory> keys_, values_;  // of each block, [kv head][context][head dim] in float16
+    struct Cache {
+        std::vector<Memory> keys, values;  // of each block, [kv head][context][head dim] in float16
+    };
+    std::vector<Cache> caches_;
+    Cache* cache_ = nullptr;  // of the text that is being read
     std::vector<float> x_, qkv_, attended_, hidden_, normed_;
     struct Scratch;
     std::vector<std::shared_ptr<Scratch>> scratch_;

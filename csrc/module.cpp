@@ -241,15 +241,16 @@ NB_MODULE(_native, m) {
             b.window = window, b.rope = rope;
             d.blocks.push_back(b);
         }, "norms"_a, "qkv"_a, "qkv_bias"_a.none(), "o"_a, "o_bias"_a.none(), "gate_up"_a, "gate_up_bias"_a.none(), "down"_a, "down_bias"_a.none(), "window"_a, "rope"_a)
-        .def("forward", [](Decoder& d, Array1<int64_t> tokens, int64_t start, Out2<float> logits, bool all) {
+        .def("forward", [](Decoder& d, Array1<int64_t> tokens, int64_t start, Out2<float> logits, bool all, int64_t slot) {
             const int64_t n = int64_t(tokens.shape(0));
+            require(slot >= 0 && slot < 1024, "slot is a number from 0 to 1023");
             require(n > 0 && start >= 0 && start + n <= d.context(), "positions are out of the context");
             require(int64_t(logits.shape(0)) == (all ? n : 1) && int64_t(logits.shape(1)) == d.shape().vocabulary, "logits are [1 or n, vocabulary]");
             require(d.final_norm != nullptr && !d.blocks.empty(), "the decoder is not complete");
             for (int64_t i = 0; i < n; i++) require(tokens.data()[i] >= 0 && tokens.data()[i] < d.shape().vocabulary, "a token is out of the vocabulary");
             nb::gil_scoped_release release;
-            d.forward(tokens.data(), n, start, logits.data(), all);
-        }, "tokens"_a, "start"_a, "logits"_a, "all"_a = false)
+            d.forward(tokens.data(), n, start, logits.data(), all, slot);
+        }, "tokens"_a, "start"_a, "logits"_a, "all"_a = false, "slot"_a = 0)
         .def_prop_ro("context", &Decoder::context)
         .def_prop_ro("cache_bytes", &Decoder::cache_bytes);
 }

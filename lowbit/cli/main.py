@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "convert": making.convert,
     "merge": making.merge,
     "run": running.run,
+    "serve": running.serve,
     "bench": running.bench,
     "verify": measuring.verify,
     "push": making.push,

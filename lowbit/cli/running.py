@@ -1,4 +1,4 @@
-"""Commands that run a model: run, bench."""
+"""Commands that run a model: run, serve, bench."""
 
 from __future__ import annotations
 
@@ -133,6 +133,44 @@ def _converse(chat: Any) -> None:
         if chat.dropped:
             err.print(plain(f"The conversation no longer fits into {chat.engine.context} tokens; the oldest {chat.dropped} exchange(s) are forgotten."), style="dim", highlight=False)
             chat.dropped = 0
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in, and anyone there may then use the model.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    slots: Annotated[int, typer.Option(help="Texts that are written at once; each has a cache of its own.", min=1, max=64)] = 4,
+    context: Context = None,
+    threads: Threads = None,
+    isa: Isa = "",
+    native: Native = None,
+) -> None:
+    """Serve a model to programs that speak to OpenAI's API: chat/completions and completions, streamed or whole.
+
+    Examples:
+
+      lowbit serve model-q4_0.gguf
+
+      curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+    """
+    from importlib.util import find_spec
+
+    from ..errors import missing_extra
+    from .console import BarProgress, err, plain
+
+    for package in ("fastapi", "uvicorn"):
+        if find_spec(package) is None:
+            raise missing_extra(package, "serve", purpose="serving")
+    prepare(threads)
+    import uvicorn
+
+    from ..runtime import open_model
+    from ..runtime.server import make_app
+
+    engine = open_model(model, context=context, threads=threads, isa=isa, native=native, progress=BarProgress())
+    how = "native decoder" if not engine.reason else f"transformers, because {engine.reason}"
+    err.print(f"{plain(engine.name)}: {how}; context {engine.context:,}, {slots} texts at once. http://{host}:{port}/v1", highlight=False, soft_wrap=True)
+    uvicorn.run(make_app(engine, slots=slots), host=host, port=port, log_level="warning")
 
 
 def bench(

@@ -6,7 +6,7 @@ What varies is read from the modules that transformers builds of the config (sca
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on
 
 @dataclass
 class NativeModel:
-    """A decoder with its cache. decoder: the extension's; kept: what it points into; notes: for the user. nbytes: of weights in memory, mapped ones included."""
+    """A decoder and the cache of one text (slot). decoder: the extension's; kept: what it points into; notes: for the user. nbytes: of weights in memory."""
 
     decoder: Any
     vocabulary: int
@@ -36,11 +36,16 @@ class NativeModel:
     kept: list[Any] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     nbytes: int = 0
+    slot: int = 0
+
+    def another(self, slot: int) -> NativeModel:
+        """The same weights with the cache of another text. One forward at a time: they share their buffers."""
+        return replace(self, slot=slot)
 
     def forward(self, tokens: list[int], start: int, *, every: bool = False) -> Tensor:
         """Logits float32 [1 or len(tokens), vocabulary] after the last token (of every one), at positions start, start + 1, ...; what the cache holds from start on is replaced."""
         logits = torch.empty(len(tokens) if every else 1, self.vocabulary)
-        self.decoder.forward(np.asarray(tokens, dtype=np.int64), start, logits.numpy(), every)
+        self.decoder.forward(np.asarray(tokens, dtype=np.int64), start, logits.numpy(), every, self.slot)
         return logits
 
 

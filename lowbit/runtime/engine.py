@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ class Model(Protocol):
 
     def forward(self, tokens: list[int], start: int, *, every: bool = False) -> Tensor: ...
 
+    def another(self, slot: int) -> Model: ...
+
 
 class TransformersModel:
     """A transformers model with its cache."""
@@ -53,6 +55,10 @@ class TransformersModel:
             found = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=len(tokens) if every else 1)
         return found.logits[0].float().cpu()
 
+    def another(self, slot: int) -> TransformersModel:
+        """The same weights with the cache of another text."""
+        return TransformersModel(self.model, self.context)
+
     def _cut(self, length: int) -> bool:
         """Make the cache hold the first tokens alone; where it cannot forget (sliding windows, states), begin anew and return False."""
         held = 0 if self._cache is None else self._cache.get_seq_length()
@@ -69,7 +75,10 @@ class TransformersModel:
 
 @dataclass
 class Engine:
-    """A model with its tokenizer. seen: the tokens whose keys and values are in the cache. reason: why it is not the native decoder (empty where it is)."""
+    """A model with its tokenizer. reason: why it is not the native decoder (empty where it is).
+
+    seen: the tokens whose keys and values are in the cache; reused: how many of them the last feed needed not compute again.
+    """
 
     model: Model
     tokenizer: Any
@@ -79,10 +88,15 @@ class Engine:
     stops: frozenset[int]
     defaults: Any = None
     seen: list[int] = field(default_factory=list)
+    reused: int = 0
 
     @property
     def context(self) -> int:
         return self.model.context
+
+    def another(self, slot: int) -> Engine:
+        """The same model for another text."""
+        return replace(self, model=self.model.another(slot), seen=[])
 
     def feed(self, tokens: list[int]) -> Tensor:
         """Logits float32 [vocabulary] after tokens; the beginning that is in the cache already is not computed again."""
@@ -91,7 +105,7 @@ class Engine:
             if mine != theirs:
                 break
             known += 1
-        self.seen = self.seen[:known]
+        self.seen, self.reused = self.seen[:known], known
         logits = self.model.forward(tokens[known:], known)[-1]
         self.seen = list(tokens)
         return logits

@@ -68,8 +68,10 @@ class Text:
     cached_tokens: int = 0
 
 
-def generate(engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling(), max_tokens: int | None = None, stop: tuple[str, ...] = ()) -> Iterator[tuple[str, Text]]:
+def generate(engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling(), max_tokens: int | None = None, stop: tuple[str, ...] = (), every_token: bool = False) -> Iterator[tuple[str, Text]]:
     """Pieces of text as they are made, each with all that is known so far; the last piece has a finish. stop: words that end the text and are not part of it.
+
+    every_token: also empty pieces, where a token completes no character.
 
     Raises RecipeError where the prompt leaves no room in the context.
     """
@@ -87,9 +89,8 @@ def generate(engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling
     stream = DecodeStream(skip_special_tokens=True)
     made, held, tokens = Text(len(prompt), []), "", list(prompt)
     started = time.perf_counter()
-    before = len(engine.seen)
     logits = engine.feed(tokens)
-    made.prefill_seconds, made.cached_tokens = time.perf_counter() - started, min(before, len(prompt))
+    made.prefill_seconds, made.cached_tokens = time.perf_counter() - started, engine.reused
     started = time.perf_counter()
     while True:
         token = _choose(logits, tokens, sampling, processors, generator)
@@ -108,7 +109,7 @@ def generate(engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling
         ready = held if made.finish else held[: len(held) - _overlap(held, stop)]
         held = held[len(ready) :]
         made.text += ready
-        if ready or made.finish:
+        if ready or made.finish or every_token:
             yield ready, made
         if made.finish:
             return
