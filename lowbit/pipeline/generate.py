@@ -1,4 +1,4 @@
-"""A few greedy tokens from a checkpoint, through the transformers model with decoded weights. The fast runtime comes later."""
+"""A few greedy tokens from a checkpoint, through the transformers model with decoded weights: what the weights say, without the kernels' rounded inputs."""
 
 from __future__ import annotations
 

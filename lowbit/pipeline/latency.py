@@ -1,7 +1,7 @@
 """How fast a model answers and what it holds, measured in a fresh process, so that nothing that ran before counts.
 
-The model is loaded whole through transformers' modules, quantized weights decoded to the dtype of the computation: this version has no kernels that
-compute on packed weights, so a quantized model takes the time and memory of a dense one, and experts run one by one. The process is `python -m lowbit.pipeline.latency`;
+The model is loaded whole through transformers' modules, quantized weights decoded to the dtype of the computation, so a quantized model takes the time and memory of a
+dense one, and experts run one by one; what the native kernels make of it is measured by lowbit bench. The process is `python -m lowbit.pipeline.latency`;
 it answers with one line of JSON.
 """
 

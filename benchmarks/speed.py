@@ -1,0 +1,207 @@
+"""How fast the native kernels and the decoder are, beside other programs, all in one run.
+
+    python benchmarks/speed.py layers [--only int4] [--shapes 4096x4096,11008x4096] [--rounds 9]
+    python benchmarks/speed.py model MODEL.gguf --llama-bench PATH/llama-bench [--rounds 5]
+
+layers: one linear layer, 1 row and 128 rows of inputs. Each contender has as many copies of its weights as fill 160 MB, so that they come from memory, not from a cache; contenders take turns
+in every round. bandwidth: sums of float32 over 256 MB, in the same rounds. Beside ours: torch (float32, bfloat16, _weight_int4pack_mm, fbgemm's dynamic int8) and, where it is installed,
+onnxruntime's MatMulNBits (accuracy_level 4, groups of 128). model: prompts of 128 and 512 tokens and 64 generated ones, `lowbit` and llama-bench in turns.
+Quantiles 20, 50 and 80 of the rounds are appended to benchmarks/results/speed.jsonl with the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from gptq import commit, machine
+
+from lowbit import kernels, numerics
+from lowbit.kernels.native import native, threads
+from lowbit.pipeline import recipes
+
+RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
+MEMORY = 160e6
+FORMATS = ("int8-sym-g128", "int4-asym-g128", "int4-sym-g64", "int3-asym-g64", "int2-asym-g64", "ternary", "nf4", "q4_0", "q4_k", "q2_k")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--ort"]:
+        ort_child(*(int(value) for value in sys.argv[2:]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["layers", "model"])
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--only")
+    parser.add_argument("--shapes", default="4096x4096")
+    parser.add_argument("--rounds", type=int, default=9)
+    a = parser.parse_args()
+    rows = layers(a) if a.what == "layers" else model(a)
+    with RESULTS.open("a") as file:
+        for row in rows:
+            file.write(json.dumps({**row, "commit": commit(), "machine": machine()}) + "\n")
+
+
+def quantiles(values: list[float]) -> list[float]:
+    found = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8]))
+    return [float(f"{value:.4g}") for value in found]
+
+
+# ------------------------------------------------------------------------------------------------------------------ layers
+
+
+def layers(a: argparse.Namespace) -> list[dict]:
+    found = []
+    for shape in a.shapes.split(","):
+        out, cols = (int(part) for part in shape.split("x"))
+        for m in (1, 128):
+            runs = contenders(out, cols, m, a.only)
+            others = {f"onnxruntime MatMulNBits {bits}": (Ort(out, cols, m, bits), out * cols * bits // 8) for bits in (4, 8)} if find_spec("onnxruntime") and find_spec("onnx") else {}
+            times: dict[str, list[float]] = {name: [] for name in (*runs, *others)}
+            for _ in range(a.rounds + 1):
+                for name, (copies, work, _) in runs.items():
+                    started = time.perf_counter()
+                    for copy in range(copies):
+                        work(copy)
+                    times[name].append((time.perf_counter() - started) / copies)
+                for name, (child, _) in others.items():
+                    times[name].append(child.pass_())
+            for child, _ in others.values():
+                child.close()
+            read = max(runs["memory"][2] / value for value in times["memory"][1:])
+            print(f"{shape}, {m} row(s); memory read at {read / 1e9:.1f} GB/s")
+            sizes = {**{name: size for name, (_, _, size) in runs.items() if name != "memory"}, **{name: size for name, (_, size) in others.items()}}
+            for name, size in sizes.items():
+                low, middle, high = quantiles([1e6 * value for value in times[name][1:]])
+                rates = {"gbs": round(size / middle / 1e3, 1), "gops": round(2 * m * out * cols / middle / 1e3), "read_gbs": round(read / 1e9, 1)}
+                found.append({"kind": "layer", "name": name, "shape": shape, "rows": m, "us": [low, middle, high], "bytes": size, **rates})
+                print(f"  {name:28s} {middle:9.0f} us ({low:.0f} to {high:.0f})  {rates['gbs']:6.1f} GB/s  {rates['gops']:7.0f} Gop/s", flush=True)
+    return found
+
+
+def contenders(out: int, cols: int, m: int, only: str | None) -> dict[str, tuple[int, Callable[[int], object], int]]:
+    """name: (copies, work on one of them, bytes of weights that it reads)."""
+    torch.manual_seed(0)
+    W, x = torch.randn(out, cols) * 0.05, torch.randn(m, cols)
+    y = torch.empty(m, out)
+    xn, yn = x.numpy(), y.numpy()
+    big = torch.ones(1 << 26)
+    runs: dict[str, tuple[int, Callable[[int], object], int]] = {"memory": (1, lambda _: big.sum(), big.numel() * 4)}
+    for name in FORMATS:
+        if only and only not in name:
+            continue
+        qt = numerics.quantize(W, recipes.parse(name if name == "ternary" else f"{name}-rtn").recipe.scheme)
+        first = kernels.pack(qt)
+        copies = [first, *(kernels.pack(qt) for _ in range(int(MEMORY / first.nbytes)))]
+        runs[f"lowbit {name}"] = len(copies), lambda i, c=copies: native().matmul(c[i].held, xn, yn, threads()), first.nbytes
+    for name, dtype in (("torch float32", torch.float32), ("torch bfloat16", torch.bfloat16)):
+        dense = [W.to(dtype).clone() for _ in range(max(1, int(MEMORY / (W.numel() * dtype.itemsize))) + 1)]
+        inputs = x.to(dtype)
+        runs[name] = len(dense), lambda i, c=dense, v=inputs: torch.nn.functional.linear(v, c[i]), W.numel() * dtype.itemsize
+    codes = torch.randint(0, 16, (out, cols), dtype=torch.int32)
+    scales = torch.rand(cols // 128, out, 2, dtype=torch.bfloat16)
+    packed = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 8) for _ in range(int(MEMORY / (W.numel() / 2)) + 1)]
+    half = x.bfloat16()
+    runs["torch int4pack g128"] = len(packed), lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(half, packed[i], 128, scales), W.numel() // 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eights = [torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.Linear(cols, out)), {torch.nn.Linear}, dtype=torch.qint8) for _ in range(int(MEMORY / W.numel()) + 1)]
+    runs["torch dynamic int8 (fbgemm)"] = len(eights), lambda i: eights[i](x), W.numel()
+    return runs
+
+
+class Ort:
+    """onnxruntime in a process of its own, whose threads then do not spin while others are timed. pass_(): seconds for one of the copies, the mean of all."""
+
+    def __init__(self, out: int, cols: int, m: int, bits: int) -> None:
+        self.process = subprocess.Popen([sys.executable, __file__, "--ort", str(out), str(cols), str(m), str(bits), str(threads())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def pass_(self) -> float:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        seconds = float(self.process.stdout.readline())
+        time.sleep(0.2)  # until its threads sleep
+        return seconds
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def ort_child(out: int, cols: int, m: int, bits: int, count: int) -> None:
+    import numpy as np
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(count, 1)
+    model = ort_model(out, cols, bits)
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    sessions = [onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for _ in range(int(MEMORY / (out * cols * bits / 8)) + 1)]
+    x = np.random.default_rng(0).standard_normal((m, cols), dtype=np.float32)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        for session in sessions:
+            session.run(None, {"x": x})
+        print((time.perf_counter() - started) / len(sessions), flush=True)
+
+
+def ort_model(out: int, cols: int, bits: int) -> bytes:
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    blocks = cols // 128
+    rng = np.random.default_rng(0)
+    B = numpy_helper.from_array(rng.integers(0, 256, (out, blocks, 128 * bits // 8), dtype=np.uint8), "B")
+    scales = numpy_helper.from_array(rng.random(out * blocks, dtype=np.float32), "scales")
+    node = helper.make_node("MatMulNBits", ["x", "B", "scales"], ["y"], domain="com.microsoft", K=cols, N=out, bits=bits, block_size=128, accuracy_level=4)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph([node], "g", [value("x", TensorProto.FLOAT, [None, cols])], [value("y", TensorProto.FLOAT, [None, out])], [B, scales])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=9)
+    return onnx.ModelProto.SerializeToString(made)
+
+
+# ------------------------------------------------------------------------------------------------------------------ whole models
+
+
+def model(a: argparse.Namespace) -> list[dict]:
+    from lowbit.runtime import open_model
+    from lowbit.runtime.bench import bench
+
+    engine = open_model(a.model, context=1024)
+    times: dict[str, dict[str, list[float]]] = {"lowbit": {}, "llama.cpp": {}}
+    for _ in range(a.rounds):
+        made = bench(engine, prefill=(128, 512), decode=64, repeats=1)
+        ours = {**{f"prompt of {part.tokens}": part.tokens_per_s for part in made.prefill}, "decode": made.decode_tokens_per_s}
+        theirs = llama_bench(a) if a.llama_bench else {}
+        for name, found in (("lowbit", ours), ("llama.cpp", theirs)):
+            for key, value in found.items():
+                times[name].setdefault(key, []).append(value)
+    rows = []
+    for name, found in times.items():
+        for key, values in found.items():
+            rows.append({"kind": "model", "model": Path(a.model).name, "name": name, "what": key, "tokens_per_s": quantiles(values), "bytes": engine.model.nbytes})
+            print(f"{name:10s} {key:14s} {rows[-1]['tokens_per_s'][1]:9.1f} tokens/s ({rows[-1]['tokens_per_s'][0]:.1f} to {rows[-1]['tokens_per_s'][2]:.1f})")
+    return rows
+
+
+def llama_bench(a: argparse.Namespace) -> dict[str, float]:
+    folder = str(a.llama_bench.parent)
+    said = subprocess.run(
+        [str(a.llama_bench), "-m", a.model, "-t", str(threads()), "-p", "128,512", "-n", "64", "-r", "1", "-o", "json"], capture_output=True, text=True, check=True, env={"LD_LIBRARY_PATH": folder}
+    )
+    return {(f"prompt of {row['n_prompt']}" if row["n_prompt"] else "decode"): row["avg_ts"] for row in json.loads(said.stdout)}
+
+
+if __name__ == "__main__":
+    main()
