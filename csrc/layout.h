@@ -80,5 +80,6 @@ int64_t panel_bytes(int64_t m);  // of matmul's scratch
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // nullptr where they were not built
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
 
 }  // namespace lowbit

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <new>
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #endif
 
@@ -33,13 +34,22 @@ bool supported(const std::string& isa) {
         return avx512_kernels() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vnni");
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+    if (isa == "neon") return neon_kernels() && (getauxval(AT_HWCAP) & (1 << 20));  // HWCAP_ASIMDDP
+#elif defined(__aarch64__) && defined(__APPLE__)
+    if (isa == "neon") return neon_kernels() != nullptr;
+#endif
     return false;
 }
 
 const Kernels* kernels(const std::string& isa) {
-    if (isa.empty()) return kernels(supported("avx512") ? "avx512" : supported("avx2") ? "avx2" : "portable");
+    if (isa.empty()) {
+        for (const char* name : {"avx512", "avx2", "neon"})
+            if (supported(name)) return kernels(name);
+        return portable_kernels();
+    }
     if (!supported(isa)) return nullptr;
-    return isa == "avx512" ? avx512_kernels() : isa == "avx2" ? avx2_kernels() : portable_kernels();
+    return isa == "avx512" ? avx512_kernels() : isa == "avx2" ? avx2_kernels() : isa == "neon" ? neon_kernels() : portable_kernels();
 }
 
 float to_float(uint16_t half, Real type) {

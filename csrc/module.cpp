@@ -31,7 +31,7 @@ void require(bool condition, const std::string& message) {
 
 const Kernels* chosen(const std::string& isa) {
     const Kernels* found = kernels(isa);
-    require(found != nullptr, "isa is '" + isa + "', which this processor does not have or this build has not; known are portable, avx2, avx512");
+    require(found != nullptr, "isa is '" + isa + "', which this processor does not have or this build has not; known are portable, avx2, avx512, neon");
     return found;
 }
 
@@ -175,7 +175,7 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);
     m.def("instruction_sets", [] {
         std::vector<std::string> found;
-        for (const char* isa : {"avx512", "avx2", "portable"})
+        for (const char* isa : {"avx512", "avx2", "neon", "portable"})
             if (supported(isa)) found.emplace_back(isa);
         return found;
     }, "The instruction sets of this build that this processor has, best first.");

@@ -10,7 +10,7 @@ import typer
 from .options import Json, Model, Threads, prepare
 
 Context = Annotated[int | None, typer.Option(help="Tokens of prompt and answer together (default: the model's limit, at most 4096).", min=8, show_default=False)]
-Isa = Annotated[str, typer.Option(help="Instruction set of the native kernels: avx512, avx2, portable (default: the best here).", show_default=False)]
+Isa = Annotated[str, typer.Option(help="Instruction set of the native kernels: avx512, avx2, neon, portable (default: the best here).", show_default=False)]
 Native = Annotated[bool | None, typer.Option("--native/--transformers", help="Insist on the native decoder, or leave it (default: native where it knows the architecture).", show_default=False)]
 
 

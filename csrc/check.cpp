@@ -1,0 +1,114 @@
+// Compares every instruction set that this processor has with the portable kernels, on random matrices of all widths, and those with sums in float64. Needs no Python: it runs under an emulator, too.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "matrix.h"
+
+using namespace lowbit;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* what, const std::string& isa, int bits, int64_t m, double error) {
+    if (condition) return;
+    failures++;
+    std::printf("%s: %s at %d bits, %d rows: error %g\n", isa.c_str(), what, bits, int(m), error);
+}
+
+void products(const std::string& isa, int bits, int tables, Zeros zeros, Real scales, int64_t group) {
+    std::mt19937 random(bits * 100 + int(zeros) * 10 + int(scales));
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    Matrix w;
+    w.rows = 37, w.cols = 256, w.bits = bits, w.group = group, w.block = largest_block(bits, group), w.scales = scales, w.zeros = zeros, w.tables = tables;
+    w.zero = zeros == Zeros::constant ? float(1 << (tables ? 8 * tables - 1 : bits - 1)) : 0;
+    for (auto& table : w.table)
+        for (auto& value : table) value = uint8_t(random());
+    Memory memory = allocate(w.bytes());
+    w.data = memory.get();
+    std::vector<uint8_t> codes(size_t(w.rows * w.cols));
+    std::vector<float> s(size_t(w.rows * w.groups())), z(s.size()), x(size_t(9 * w.cols));
+    for (auto& code : codes) code = uint8_t(random() % (1u << bits));
+    for (auto& scale : s) scale = 0.01f + 0.01f * std::fabs(uniform(random));
+    for (auto& zero : z) zero = zeros == Zeros::codes ? float(random() % (1u << bits)) : uniform(random);
+    for (auto& value : x) value = uniform(random);
+    pack(w, memory.get(), 0, w.rows, codes.data(), s.data(), zeros == Zeros::constant ? nullptr : z.data());
+    const Kernels* k = kernels(isa);
+    const int64_t blocks = w.cols / w.block;
+    std::vector<int8_t> q(x.size());
+    std::vector<float> a(size_t(9 * blocks)), sums(a.size()), row(size_t(w.cols));
+    k->round(x.data(), w.cols, 9, {w.cols, w.block, q.data(), a.data(), sums.data()});
+    std::vector<uint8_t> scratch(size_t(panel_bytes(9)));
+    for (int64_t m : {1, 3, 4, 9}) {
+        std::vector<float> y(size_t(m * w.rows), 0.5f);
+        k->matmul(w, {w.cols, w.block, q.data(), a.data(), sums.data()}, m, y.data(), w.rows, true, 0, w.tiles(), scratch.data());
+        double worst = 0, largest = 0;
+        for (int64_t r = 0; r < w.rows; r++) {
+            unpack_row(w, r, row.data());
+            for (int64_t i = 0; i < m; i++) {
+                double sum = 0.5;
+                for (int64_t c = 0; c < w.cols; c++) sum += double(row[size_t(c)]) * q[size_t(i * w.cols + c)] * a[size_t(i * blocks + c / w.block)];
+                worst = std::max(worst, std::fabs(sum - y[size_t(i * w.rows + r)]));
+                largest = std::max(largest, std::fabs(sum));
+            }
+        }
+        expect(worst <= 2e-6 * largest, "a product differs", isa, bits, m, worst / largest);
+    }
+}
+
+void steps(const std::string& isa) {
+    const Kernels *k = kernels(isa), *p = portable_kernels();
+    std::mt19937 random(1);
+    std::uniform_real_distribution<float> uniform(-2, 2);
+    const int64_t n = 75, dim = 80;
+    std::vector<float> x(size_t(n * dim)), w(x.size()), y(x.size()), z(x.size()), scores(n), other(n);
+    for (auto& value : x) value = uniform(random);
+    for (auto& value : w) value = uniform(random);
+    auto near = [&](const std::vector<float>& a, const std::vector<float>& b, const char* what) {
+        double worst = 0;
+        for (size_t i = 0; i < a.size(); i++) worst = std::max(worst, double(std::fabs(a[i] - b[i]) / (1 + std::fabs(b[i]))));
+        expect(worst < 3e-6, what, isa, 0, 0, worst);
+    };
+    k->rms_norm(x.data(), w.data(), 1e-5f, n * dim, y.data()), p->rms_norm(x.data(), w.data(), 1e-5f, n * dim, z.data());
+    near(y, z, "rms_norm differs");
+    for (int kind : {0, 1}) {
+        y = x, z = x;
+        k->gate(y.data(), w.data(), n * dim, kind), p->gate(z.data(), w.data(), n * dim, kind);
+        near(y, z, "gate differs");
+    }
+    std::vector<uint16_t> keys(x.size()), values(x.size());
+    k->to_half(x.data(), keys.data(), n * dim), p->to_half(x.data(), values.data(), n * dim);
+    expect(keys == values, "to_half differs", isa, 0, 0, 0);
+    p->to_half(w.data(), values.data(), n * dim);
+    std::vector<float> out(dim), expected(dim);
+    for (float cap : {0.f, 3.f}) {
+        k->attend(w.data(), keys.data(), values.data(), n, dim, 0.3f, cap, scores.data(), out.data()), p->attend(w.data(), keys.data(), values.data(), n, dim, 0.3f, cap, other.data(), expected.data());
+        near(out, expected, "attend differs");
+    }
+    for (Real type : {Real::f32, Real::f16}) {
+        Dense d{n, dim, type, type == Real::f32 ? static_cast<const void*>(x.data()) : keys.data()};
+        std::vector<float> a(size_t(5 * n)), b(size_t(5 * n));
+        k->dense(d, w.data(), dim, 5, a.data(), n, false, 0, n), p->dense(d, w.data(), dim, 5, b.data(), n, false, 0, n);
+        near(a, b, "dense differs");
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (const char* isa : {"portable", "avx2", "avx512", "neon"}) {
+        if (!supported(isa)) continue;
+        for (int bits : {1, 2, 3, 4, 5, 6, 8})
+            for (Zeros zeros : {Zeros::constant, Zeros::codes, Zeros::reals, Zeros::minima})
+                for (Real scales : {Real::f32, Real::f16, Real::bf16}) products(isa, bits, 0, zeros, scales, 64);
+        for (int tables : {1, 2}) products(isa, 4, tables, Zeros::constant, Real::f32, 32);
+        products(isa, 2, 0, Zeros::constant, Real::f16, 16), products(isa, 8, 0, Zeros::codes, Real::f16, 256);
+        steps(isa);
+        std::printf("%s: checked\n", isa);
+    }
+    return failures ? 1 : 0;
+}
