@@ -65,6 +65,7 @@ struct Vec {
     }
     static Floats larger(Floats v, Floats w) { return {_mm256_max_ps(v.a, w.a), _mm256_max_ps(v.b, w.b)}; }
     static Floats magnitude(Floats v) { auto m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)); return {_mm256_and_ps(v.a, m), _mm256_and_ps(v.b, m)}; }
+    static float half(uint16_t h) { return _cvtsh_ss(h); }
     static float largest(Floats v) {
         auto t = _mm256_max_ps(v.a, v.b);
         auto h = _mm_max_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));

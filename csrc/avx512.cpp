@@ -47,6 +47,7 @@ struct Vec {
     static void store_f16(uint16_t* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
     static Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
     static Floats magnitude(Floats a) { return _mm512_abs_ps(a); }
+    static float half(uint16_t h) { return _cvtsh_ss(h); }
     static float largest(Floats v) { return _mm512_reduce_max_ps(v); }
     static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
 };

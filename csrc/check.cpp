@@ -81,13 +81,24 @@ void steps(const std::string& isa) {
         near(y, z, "gate differs");
     }
     std::vector<uint16_t> keys(x.size()), values(x.size());
+    const Row half{16, dim};
     k->to_half(x.data(), keys.data(), n * dim), p->to_half(x.data(), values.data(), n * dim);
     expect(keys == values, "to_half differs", isa, 0, 0, 0);
     p->to_half(w.data(), values.data(), n * dim);
     std::vector<float> out(dim), expected(dim);
     for (float cap : {0.f, 3.f}) {
-        k->attend(w.data(), keys.data(), values.data(), n, dim, 0.3f, cap, scores.data(), out.data()), p->attend(w.data(), keys.data(), values.data(), n, dim, 0.3f, cap, other.data(), expected.data());
+        const uint8_t *a = reinterpret_cast<const uint8_t*>(keys.data()), *b = reinterpret_cast<const uint8_t*>(values.data());
+        k->attend(w.data(), a, b, n, half, 0.3f, cap, scores.data(), out.data()), p->attend(w.data(), a, b, n, half, 0.3f, cap, other.data(), expected.data());
         near(out, expected, "attend differs");
+    }
+    for (int bits : {8, 4}) {
+        const Row row{bits, 64};
+        std::vector<uint8_t> a(size_t(n * row.bytes())), b(a.size());
+        for (int64_t j = 0; j < n; j++) k->keep(x.data() + j * 64, row, a.data() + j * row.bytes()), p->keep(x.data() + j * 64, row, b.data() + j * row.bytes());
+        expect(a == b, "keep differs", isa, bits, 0, 0);
+        out.assign(64, 0), expected.assign(64, 0);
+        k->attend(w.data(), a.data(), b.data(), n, row, 0.3f, 0, scores.data(), out.data()), p->attend(w.data(), a.data(), b.data(), n, row, 0.3f, 0, other.data(), expected.data());
+        near(out, expected, "attend over a rounded cache differs");
     }
     for (Real type : {Real::f32, Real::f16}) {
         Dense d{n, dim, type, type == Real::f32 ? static_cast<const void*>(x.data()) : keys.data()};

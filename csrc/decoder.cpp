@@ -22,17 +22,18 @@ struct Decoder::Worker {
     }
 };
 
-Decoder::Decoder(const Shape& shape, int64_t context, int threads, const Kernels* kernels) : shape_(shape), context_(context), threads_(threads), k_(kernels) {}
+Decoder::Decoder(const Shape& shape, int64_t context, int threads, const Kernels* kernels, int cache_bits)
+    : shape_(shape), context_(context), threads_(threads), k_(kernels), row_{cache_bits, shape.head_dim} {}
 
-int64_t Decoder::cache_bytes() const { return int64_t(blocks.size()) * 2 * shape_.kv_heads * context_ * shape_.head_dim * 2; }
+int64_t Decoder::cache_bytes() const { return int64_t(blocks.size()) * 2 * shape_.kv_heads * context_ * row_.bytes(); }
 
 void Decoder::forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all, int64_t slot) {
     const Shape& s = shape_;
     if (int64_t(caches_.size()) <= slot) caches_.resize(size_t(slot + 1));
     cache_ = &caches_[size_t(slot)];
     while (cache_->keys.size() < blocks.size()) {
-        cache_->keys.push_back(allocate(s.kv_heads * context_ * s.head_dim * 2));
-        cache_->values.push_back(allocate(s.kv_heads * context_ * s.head_dim * 2));
+        cache_->keys.push_back(allocate(s.kv_heads * context_ * row_.bytes()));
+        cache_->values.push_back(allocate(s.kv_heads * context_ * row_.bytes()));
     }
     const int64_t rows = std::min(n, CHUNK), wide = std::max({s.hidden, s.heads * s.head_dim, s.ffn});
     const int64_t qkv = (s.heads + 2 * s.kv_heads) * s.head_dim;
@@ -87,8 +88,8 @@ void Decoder::linear(Worker& w, const Linear& of, const float* x, int64_t stride
 void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start) {
     const Shape& s = shape_;
     const int64_t d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d, group = s.heads / s.kv_heads;
-    uint16_t* keys = reinterpret_cast<uint16_t*>(cache_->keys[size_t(index)].get());
-    uint16_t* values = reinterpret_cast<uint16_t*>(cache_->values[size_t(index)].get());
+    uint8_t* keys = cache_->keys[size_t(index)].get();
+    uint8_t* values = cache_->values[size_t(index)].get();
     if (block.q_norm && s.norm_all) {
         auto [first, last] = w.share(n);
         for (int64_t i = first; i < last; i++) {
@@ -104,11 +105,11 @@ void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n,
     };
     auto [first, last] = w.share(n * s.kv_heads);
     for (int64_t job = first; job < last; job++) {  // keys and values go into the cache
-        const int64_t i = job / s.kv_heads, h = job % s.kv_heads, place = (h * context_ + start + i) * d;
+        const int64_t i = job / s.kv_heads, h = job % s.kv_heads, place = (h * context_ + start + i) * row_.bytes();
         float* key = qkv_.data() + i * width + (s.heads + h) * d;
         prepare(key, block.k_norm, i);
-        k_->to_half(key, keys + place, d);
-        k_->to_half(key + s.kv_heads * d, values + place, d);
+        k_->keep(key, row_, keys + place);
+        k_->keep(key + s.kv_heads * d, row_, values + place);
     }
     barrier_.wait(w.count);
     // Late tokens see more than early ones: every thread takes each count-th.
@@ -117,8 +118,8 @@ void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n,
         const int64_t from = block.window > 0 ? std::max<int64_t>(0, position - block.window + 1) : 0;
         float* q = qkv_.data() + i * width + h * d;
         prepare(q, block.q_norm, i);
-        const int64_t place = (h / group * context_ + from) * d;
-        k_->attend(q, keys + place, values + place, position + 1 - from, d, s.attention_scale, s.attention_cap, w.scratch.scores.data(), attended_.data() + i * s.heads * d + h * d);
+        const int64_t place = (h / group * context_ + from) * row_.bytes();
+        k_->attend(q, keys + place, values + place, position + 1 - from, row_, s.attention_scale, s.attention_cap, w.scratch.scores.data(), attended_.data() + i * s.heads * d + h * d);
     }
     barrier_.wait(w.count);
 }

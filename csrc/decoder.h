@@ -46,7 +46,8 @@ struct Shape {
 
 class Decoder {
   public:
-    Decoder(const Shape& shape, int64_t context, int threads, const Kernels* kernels);
+    // cache_bits: of a number of the cache, 16, 8 or 4.
+    Decoder(const Shape& shape, int64_t context, int threads, const Kernels* kernels, int cache_bits);
 
     std::vector<Block> blocks;
     const float* final_norm = nullptr;
@@ -75,9 +76,10 @@ class Decoder {
     int64_t context_;
     int threads_;
     const Kernels* k_;
+    Row row_;
     Barrier barrier_;
     struct Cache {
-        std::vector<Memory> keys, values;  // of each block, [kv head][context][head dim] in float16
+        std::vector<Memory> keys, values;  // of each block, [kv head][context] rows
     };
     std::vector<Cache> caches_;
     Cache* cache_ = nullptr;  // of the text that is being read

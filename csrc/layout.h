@@ -59,6 +59,16 @@ struct Dense {
     const void* data = nullptr;
 };
 
+// How a cache keeps a row of numbers (the keys or values of a head for one token): float16, or codes of 8 or 4 bits in groups of GROUP with a float16 scale and least value each, after the codes.
+// Code j of a group of 4 bits shares its byte with code j + 16.
+struct Row {
+    static constexpr int64_t GROUP = 32;
+    int bits = 16;
+    int64_t dim = 0;
+    int64_t codes() const { return dim * bits / 8; }
+    int64_t bytes() const { return bits == 16 ? dim * 2 : codes() + dim / GROUP * 4; }
+};
+
 // What one instruction set offers. All functions run in the calling thread, on the tiles (rows) that it is given.
 struct Kernels {
     const char* name;
@@ -69,8 +79,9 @@ struct Kernels {
     void (*dense)(const Dense& w, const float* x, int64_t x_stride, int64_t m, float* y, int64_t stride, bool add, int64_t first_row, int64_t last_row);
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
     void (*rope)(float* x, const float* cosine, const float* sine, int64_t half);  // of one head; the halves are its first and second 'half' numbers
-    // One query head against n cached keys and values (float16, rows of dim): y [dim]. scores: n floats.
-    void (*attend)(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n, int64_t dim, float scale, float cap, float* scores, float* y);
+    // One query head against n cached keys and values: y [dim]. scores: n floats.
+    void (*attend)(const float* q, const uint8_t* keys, const uint8_t* values, int64_t n, Row row, float scale, float cap, float* scores, float* y);
+    void (*keep)(const float* x, Row row, uint8_t* out);  // a row, rounded
     void (*gate)(float* gate, const float* up, int64_t n, int kind);  // gate = act(gate) * up; kind 0: SiLU, 1: GELU by tanh
     void (*to_half)(const float* x, uint16_t* y, int64_t n);
 };

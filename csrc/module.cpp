@@ -201,7 +201,7 @@ NB_MODULE(_native, m) {
     }, "x"_a, "block"_a, "codes"_a, "scales"_a, "sums"_a, "isa"_a = "");
 
     nb::class_<Decoder>(m, "Decoder", "A language model of the Llama kind.")
-        .def("__init__", [](Decoder* self, nb::dict values, int64_t context, int threads, const std::string& isa) {
+        .def("__init__", [](Decoder* self, nb::dict values, int64_t context, int threads, const std::string& isa, int cache_bits) {
             Shape s;
             auto whole = [&](const char* name) { return nb::cast<int64_t>(values[name]); };
             auto real = [&](const char* name) { return nb::cast<float>(values[name]); };
@@ -211,8 +211,10 @@ NB_MODULE(_native, m) {
             s.activation = int(whole("activation")), s.norm_all = whole("norm_all") != 0, s.rope_half = whole("rope_half");
             require(s.hidden > 0 && s.heads > 0 && s.kv_heads > 0 && s.heads % s.kv_heads == 0 && s.head_dim > 0 && s.ffn > 0 && s.vocabulary > 0 && context > 0 && threads > 0, "sizes must be positive, and kv_heads divide heads");
             require(s.rope_half >= 0 && 2 * s.rope_half <= s.head_dim, "rope_half is at most half of head_dim");
-            new (self) Decoder(s, context, threads, chosen(isa));
-        }, "shape"_a, "context"_a, "threads"_a, "isa"_a = "")
+            require(cache_bits == 16 || cache_bits == 8 || cache_bits == 4, "cache_bits is 16, 8 or 4");
+            require(cache_bits == 16 || s.head_dim % Row::GROUP == 0, "heads of " + std::to_string(s.head_dim) + " channels are no multiple of 32, which a rounded cache needs");
+            new (self) Decoder(s, context, threads, chosen(isa), cache_bits);
+        }, "shape"_a, "context"_a, "threads"_a, "isa"_a = "", "cache_bits"_a = 16)
         .def("add_rope", [](Decoder& d, Array2<float> cosine, Array2<float> sine) {
             for (auto& table : {cosine, sine})
                 require(int64_t(table.shape(0)) >= d.context() && int64_t(table.shape(1)) == d.shape().rope_half, "cosines and sines are [context, rope_half]");

@@ -64,6 +64,7 @@ struct Vec {
     static Floats fnma(Floats a, Floats b, Floats c) { return each<Floats>([&](int i) { return vfmsq_f32(c.v[i], a.v[i], b.v[i]); }); }
     static void store(float* p, Floats v) { for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, v.v[i]); }
     static void store_f16(uint16_t* p, Floats v) { for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(v.v[i]))); }
+    static float half(uint16_t h) { __fp16 value; std::memcpy(&value, &h, 2); return value; }
     static float sum(Floats v) { return vaddvq_f32(vaddq_f32(vaddq_f32(v.v[0], v.v[1]), vaddq_f32(v.v[2], v.v[3]))); }
     static float largest(Floats v) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(v.v[0], v.v[1]), vmaxq_f32(v.v[2], v.v[3]))); }
 };

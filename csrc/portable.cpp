@@ -50,6 +50,7 @@ struct Vec {
     static void store_f16(uint16_t* p, Floats v);
     static Floats larger(Floats a, Floats b) { return each<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
     static Floats magnitude(Floats a) { return each<Floats>([&](int i) { return a.v[i] < 0 ? -a.v[i] : a.v[i]; }); }
+    static float half(uint16_t h);
     static float largest(Floats v) { float m = v.v[0]; for (float x : v.v) m = x > m ? x : m; return m; }
     static float sum(Floats v) { float s = 0; for (float x : v.v) s += x; return s; }
 };
@@ -57,6 +58,7 @@ struct Vec {
 #include "kernels.inc"
 Vec::Floats Vec::load_f16(const uint16_t* p) { return each<Floats>([&](int i) { return half_to_float(p[i]); }); }
 Vec::Floats Vec::load_bf16(const uint16_t* p) { return each<Floats>([&](int i) { return bfloat_to_float(p[i]); }); }
+float Vec::half(uint16_t h) { return half_to_float(h); }
 void Vec::store_f16(uint16_t* p, Floats v) { for (int i = 0; i < 16; i++) p[i] = float_to_half(v.v[i]); }
 }  // namespace lowbit::portable
 const lowbit::Kernels* lowbit::portable_kernels() { return &portable::table; }

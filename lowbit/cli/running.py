@@ -10,6 +10,7 @@ import typer
 from .options import Json, Model, Threads, prepare
 
 Context = Annotated[int | None, typer.Option(help="Tokens of prompt and answer together (default: the model's limit, at most 4096).", min=8, show_default=False)]
+KVCache = Annotated[str, typer.Option("--kv-cache", help="Keys and values: fp16, int8 or int4 (for each head and token, in groups of 32 channels).")]
 Isa = Annotated[str, typer.Option(help="Instruction set of the native kernels: avx512, avx2, neon, portable (default: the best here).", show_default=False)]
 Native = Annotated[bool | None, typer.Option("--native/--transformers", help="Insist on the native decoder, or leave it (default: native where it knows the architecture).", show_default=False)]
 
@@ -27,6 +28,7 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages what was said already.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.", show_default=False)] = None,
     context: Context = None,
+    kv_cache: KVCache = "fp16",
     threads: Threads = None,
     isa: Isa = "",
     native: Native = None,
@@ -55,7 +57,7 @@ def run(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().rstrip("\n")
-    engine = open_model(model, context=context, threads=threads, isa=isa, native=native, progress=BarProgress(quiet=as_json))
+    engine = open_model(model, context=context, kv_cache=kv_cache, threads=threads, isa=isa, native=native, progress=BarProgress(quiet=as_json))
     if not as_json:
         how = "native decoder" if not engine.reason else f"transformers, because {engine.reason}"
         err.print(f"{plain(engine.name)}: {engine.model.nbytes / 1e6:,.0f} MB of weights, {how}, loaded in {engine.load_seconds:.1f} s", style="dim", highlight=False, soft_wrap=True)
@@ -141,6 +143,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     slots: Annotated[int, typer.Option(help="Texts that are written at once; each has a cache of its own.", min=1, max=64)] = 4,
     context: Context = None,
+    kv_cache: KVCache = "fp16",
     threads: Threads = None,
     isa: Isa = "",
     native: Native = None,
@@ -167,7 +170,7 @@ def serve(
     from ..runtime import open_model
     from ..runtime.server import make_app
 
-    engine = open_model(model, context=context, threads=threads, isa=isa, native=native, progress=BarProgress())
+    engine = open_model(model, context=context, kv_cache=kv_cache, threads=threads, isa=isa, native=native, progress=BarProgress())
     how = "native decoder" if not engine.reason else f"transformers, because {engine.reason}"
     err.print(f"{plain(engine.name)}: {how}; context {engine.context:,}, {slots} texts at once. http://{host}:{port}/v1", highlight=False, soft_wrap=True)
     uvicorn.run(make_app(engine, slots=slots), host=host, port=port, log_level="warning")
@@ -178,6 +181,7 @@ def bench(
     prefill: Annotated[str, typer.Option(help="Lengths of prompts, with commas.")] = "128,512",
     decode: Annotated[int, typer.Option(help="Tokens that are generated.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
+    kv_cache: KVCache = "fp16",
     threads: Threads = None,
     isa: Isa = "",
     native: Native = None,
@@ -203,7 +207,7 @@ def bench(
     if not all(part.strip().isdigit() and int(part) > 0 for part in prefill.split(",")):
         raise LowbitError(f"--prefill is {prefill!r}; expected lengths such as 128,512.")
     sizes = tuple(int(part) for part in prefill.split(","))
-    engine = open_model(model, context=max(sizes) + decode + 1, threads=threads, isa=isa, native=native, progress=BarProgress(quiet=as_json))
+    engine = open_model(model, context=max(sizes) + decode + 1, kv_cache=kv_cache, threads=threads, isa=isa, native=native, progress=BarProgress(quiet=as_json))
     found = measure(engine, prefill=sizes, decode=decode, repeats=repeats)
     if as_json:
         print_json(asdict(found))

@@ -159,7 +159,7 @@ def _cuda() -> Check:
 
 def _compiler() -> Check:
     found = next((path for name in ("c++", "g++", "clang++", "cl") if (path := shutil.which(name))), None)
-    return Check("compiler", None, f"{found or 'none'}; this version compiles nothing")
+    return Check("compiler", None, f"{found or 'none'} (for the native kernels, when lowbit is installed)")
 
 
 def _kernels() -> Check:

@@ -78,18 +78,25 @@ def _rope_parameters(config: Any) -> list[dict]:
     return [found] if "rope_type" in found or "rope_theta" in found else [value for value in found.values() if isinstance(value, dict)]
 
 
-def open_native(built: Skeleton, *, context: int, threads: int | None = None, isa: str = "", progress: Progress = SILENT) -> NativeModel:
-    """The decoder of a skeleton, which why_not_native allows. context: tokens that its cache has room for. isa: "" (the best), avx512, avx2 or portable."""
-    return _Maker(built, context, threads or default_threads(), isa).make(progress)
+def open_native(built: Skeleton, *, context: int, threads: int | None = None, isa: str = "", cache_bits: int = 16, progress: Progress = SILENT) -> NativeModel:
+    """The decoder of a skeleton, which why_not_native allows.
+
+    context: tokens that its cache has room for. isa: "" (the best), avx512, avx2, neon or portable. cache_bits: of keys and values: 16 (float16), or 8 or 4 for each head and token in groups
+    of 32 channels with a scale and a least value. ModelError where the heads have no such groups.
+    """
+    return _Maker(built, context, threads or default_threads(), isa, cache_bits).make(progress)
 
 
 class _Maker:
-    def __init__(self, built: Skeleton, context: int, threads: int, isa: str) -> None:
+    def __init__(self, built: Skeleton, context: int, threads: int, isa: str, cache_bits: int) -> None:
         self.built, self.config, self.context = built, built.text_config, context
         self.kept: list[Any] = []
         self.notes: list[str] = []
         self.nbytes = 0
-        self.decoder = native().Decoder(self._shape(), context, threads, isa)
+        shape = self._shape()
+        if cache_bits != 16 and shape["head_dim"] % 32:
+            raise ModelError(f"the heads of this model have {shape['head_dim']} channels, no multiple of 32, so its keys and values cannot be rounded. Leave --kv-cache out.")
+        self.decoder = native().Decoder(shape, context, threads, isa, cache_bits)
 
     def _shape(self) -> dict[str, Any]:
         config = self.config

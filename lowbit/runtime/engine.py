@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from ..checkpoints import open_checkpoint
-from ..errors import ModelError
+from ..errors import ModelError, RecipeError
 from ..models import skeleton as sk
+from ..models.kv_cache import KVScheme
+from ..models.kv_cache import kv_cache as rounded_cache
 from ..pipeline import resources
 from ..pipeline.load import load
 from ..pipeline.locate import load_tokenizer, locate
@@ -23,6 +25,7 @@ from ..progress import SILENT, Progress
 from .decoder import open_native, why_not_native
 
 CONTEXT = 4096
+CACHES = {"fp16": 16, "int8": 8, "int4": 4}  # bits of keys and values
 
 
 class Model(Protocol):
@@ -39,8 +42,8 @@ class Model(Protocol):
 class TransformersModel:
     """A transformers model with its cache."""
 
-    def __init__(self, model: Any, context: int) -> None:
-        self.model, self.context = model, context
+    def __init__(self, model: Any, context: int, cache_bits: int = 16) -> None:
+        self.model, self.context, self.cache_bits = model, context, cache_bits
         self.vocabulary = model.config.get_text_config().vocab_size
         self.nbytes = sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
         self.notes: list[str] = []
@@ -57,7 +60,7 @@ class TransformersModel:
 
     def another(self, slot: int) -> TransformersModel:
         """The same weights with the cache of another text."""
-        return TransformersModel(self.model, self.context)
+        return TransformersModel(self.model, self.context, self.cache_bits)
 
     def _cut(self, length: int) -> bool:
         """Make the cache hold the first tokens alone; where it cannot forget (sliding windows, states), begin anew and return False."""
@@ -69,7 +72,7 @@ class TransformersModel:
                 self._cache.crop(length - held)
                 if self._cache.get_seq_length() == length:
                     return True
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache = DynamicCache(config=self.model.config) if self.cache_bits == 16 else rounded_cache(self.model.config, KVScheme(self.cache_bits))
         return length == 0
 
 
@@ -111,13 +114,18 @@ class Engine:
         return logits
 
 
-def open_model(path: str | Path, *, context: int | None = None, threads: int | None = None, isa: str = "", native: bool | None = None, progress: Progress = SILENT) -> Engine:
+def open_model(
+    path: str | Path, *, context: int | None = None, kv_cache: str = "fp16", threads: int | None = None, isa: str = "", native: bool | None = None, progress: Progress = SILENT
+) -> Engine:
     """Open anything that lowbit reads for running.
 
-    context: tokens of prompt and answer together (None: what the model allows, at most 4096). isa: of the native kernels. native: None where it can be, True to insist, False never.
+    context: tokens of prompt and answer together (None: what the model allows, at most 4096). kv_cache: fp16, int8 or int4. isa: of the native kernels.
+    native: None where it can be, True to insist, False never.
     Raises LowbitError for what cannot be run here.
     """
-    started = time.monotonic()
+    if kv_cache not in CACHES:
+        raise RecipeError(f"kv_cache is {kv_cache!r}; expected one of {', '.join(CACHES)}.")
+    bits, started = CACHES[kv_cache], time.monotonic()
     located = locate(path, progress=progress)
     checkpoint = open_checkpoint(located)
     built = sk.build(checkpoint)
@@ -127,7 +135,7 @@ def open_model(path: str | Path, *, context: int | None = None, threads: int | N
     if reason and native:
         raise ModelError(f"{located} cannot run in the native decoder: {reason}.")
     resources.require_memory(int(1.1 * checkpoint.tensor_bytes), purpose="Running this model")
-    model: Model = TransformersModel(load(located), length) if reason else open_native(built, context=length, threads=threads, isa=isa, progress=progress)
+    model: Model = TransformersModel(load(located), length, bits) if reason else open_native(built, context=length, threads=threads, isa=isa, cache_bits=bits, progress=progress)
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
         tokenizer = load_tokenizer(checkpoint, Path(scratch))
     defaults = None

@@ -22,6 +22,7 @@ OTHERS = {
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 1, 0, 1], "no_rope_layer_interval": 3}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "attention_multiplier": 0.2}),
     "llama3": ("LlamaConfig", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
+    "wide": ("LlamaConfig", {"head_dim": 32}),
     "bias": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
 }  # fmt: skip
 
@@ -106,6 +107,29 @@ def test_greedy_text_is_that_of_transformers(model_folder, name):
             *_, (_, text) = generate(engine, prompt, sampling=Sampling(temperature=0), max_tokens=24)
             made.append(text.tokens)
         assert made[0] == made[1] and len(made[0]) == 24
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.01), (4, 0.15)])
+def test_rounded_keys_and_values(other_folder, bits, most):
+    """A quarter to a half of the memory; logits near those of float16, in every instruction set the same within its sums."""
+    path = other_folder("wide")
+    goal = native_model(path).forward(IDS[0].tolist(), 0, every=True)
+    found = [native_model(path, cache_bits=bits, isa=isa).forward(IDS[0].tolist(), 0, every=True) for isa in kernels.instruction_sets()]
+    assert 0 < (found[0] - goal).norm() < most * goal.norm()
+    assert all((one - found[0]).abs().max() < 0.02 * goal.abs().max() for one in found[1:])
+    plain, rounded = native_model(path).decoder.cache_bytes, native_model(path, cache_bits=bits).decoder.cache_bytes
+    assert rounded == plain * (bits + 1) / 16
+
+
+def test_rounded_caches_where_they_cannot_be(model_folder):
+    with pytest.raises(RecipeError, match="expected one of fp16, int8, int4"):
+        open_model(model_folder("llama"), kv_cache="fp8")
+    with pytest.raises(ModelError, match="no multiple of 32"):
+        open_model(model_folder("llama"), kv_cache="int8")
+    engine = open_model(model_folder("gpt2"), context=64, kv_cache="int8")
+    engine.stops = frozenset()
+    *_, (_, text) = generate(engine, IDS[0, :9].tolist(), sampling=Sampling(temperature=0), max_tokens=8)
+    assert len(text.tokens) == 8
 
 
 def test_other_architectures_run_through_transformers(model_folder):
