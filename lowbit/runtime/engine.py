@@ -103,11 +103,9 @@ class Engine:
 
     def feed(self, tokens: list[int]) -> Tensor:
         """Logits float32 [vocabulary] after tokens; the beginning that is in the cache already is not computed again."""
-        known = 0
-        for mine, theirs in zip(self.seen, tokens[:-1], strict=False):
-            if mine != theirs:
-                break
-            known += 1
+        known = min(len(self.seen), len(tokens) - 1)
+        if self.seen[:known] != tokens[:known]:
+            known = next(at for at in range(known) if self.seen[at] != tokens[at])
         self.seen, self.reused = self.seen[:known], known
         logits = self.model.forward(tokens[known:], known)[-1]
         self.seen = list(tokens)
