@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import RecipeError
 from ..pipeline.calibration import template_errors
@@ -24,9 +24,10 @@ class Chat:
     def say(self, content: str) -> Iterator[tuple[str, Text]]:
         """Pieces of the answer; the exchange is part of the history when the last piece has come, also where the caller stops in between."""
         self.messages.append({"role": "user", "content": content})
-        answer = ""
+        answer, seed = "", self.sampling.seed
+        sampling = self.sampling if seed is None else replace(self.sampling, seed=seed + len(self.messages))  # other chances for each answer
         try:
-            for piece, text in generate(self.engine, self._prompt(), sampling=self.sampling, max_tokens=self.max_tokens):
+            for piece, text in generate(self.engine, self._prompt(), sampling=sampling, max_tokens=self.max_tokens):
                 answer += piece
                 yield piece, text
         finally:
