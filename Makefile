@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 
 # What the written files are checked against, as far as PyPI has it; `make test` then runs the tests marked consumer too.
 consumers: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[consumers]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt "lowbit[consumers]"  # of the lowbit that is installed: nothing is built again
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check lowbit tests benchmarks
@@ -23,7 +23,7 @@ dist: $(VENV)/.installed
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) demo dist
+	rm -rf $(VENV) demo dist build
 
 # torch first and by its pin: an unpinned torch can pull gigabytes of CUDA packages (see README, "torch for CPU only").
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from lowbit import kernels
 from lowbit.pipeline import doctor as module
 from lowbit.pipeline.doctor import Check, doctor
 
@@ -21,7 +22,18 @@ def test_it_looks_at_everything_in_three_seconds_and_asks_nobody(monkeypatch):
     assert [check.name for check in checks] == [*names, "compressed-tensors", "llama.cpp", "gptqmodel", "bitsandbytes"]
     assert all(check.detail for check in checks)
     assert all(check.advice for check in checks if check.ok is False)
-    assert "no native extension" in by_name(checks)["kernels"].detail and "threads" in by_name(checks)["torch"].detail
+    assert "threads" in by_name(checks)["torch"].detail
+
+
+def test_kernels(monkeypatch):
+    """The instruction set that is used, or why there is none and what to do about it."""
+    found = kernels.instruction_sets()
+    said = by_name(doctor())["kernels"]
+    assert (said.ok is True and found[0] in said.detail) if found else (said.ok is None and said.advice)
+    monkeypatch.setattr(kernels, "instruction_sets", lambda: ())
+    monkeypatch.setattr(kernels, "why_not", lambda: "it was not built")
+    said = by_name(doctor())["kernels"]
+    assert said.ok is None and "it was not built" in said.detail and "compiler" in said.advice
 
 
 def test_an_absent_consumer_gives_the_line_that_installs_it(monkeypatch):

@@ -58,7 +58,7 @@ POINTS = {
     "collecting in block 0": "die_at(Streamer, 'run_block', 3)",
     "running block 0 quantized": "die_at(Streamer, 'run_block', 7)",
     "block 0 is done": "die_at(Job, 'save', 1, after=True)",
-    "half of block 1 is in its file": "before(Job, 'save', 2, lambda: setattr(job_module, '_save_file', half_a_file))",
+    "half of block 1 is in its file": "before(Job, 'save', 2, lambda: setattr(job_module, 'save_file', half_a_file))",
     "block 1 has no record yet": "die_at(job_module, 'write_text', 3)",
     "block 1 is done": "die_at(Job, 'save', 2, after=True)",
     "running block 2": "die_at(Streamer, 'run_block', 19)",
