@@ -36,7 +36,7 @@ def run(
 ) -> None:
     """Run a model: one answer, or a conversation in the terminal.
 
-    In a conversation, /clear forgets it, /system TEXT changes the system prompt, /exit ends it.
+    In a conversation, /clear forgets it, /system TEXT begins anew with a system prompt, /exit ends it.
 
     Examples:
 
@@ -59,8 +59,7 @@ def run(
         prompt = sys.stdin.read().rstrip("\n")
     engine = open_model(model, context=context, kv_cache=kv_cache, threads=threads, isa=isa, native=native, progress=BarProgress(quiet=as_json))
     if not as_json:
-        how = "native decoder" if not engine.reason else f"transformers, because {engine.reason}"
-        err.print(f"{plain(engine.name)}: {engine.model.nbytes / 1e6:,.0f} MB of weights, {how}, loaded in {engine.load_seconds:.1f} s", style="dim", highlight=False, soft_wrap=True)
+        err.print(f"{plain(engine.name)}: {engine.model.nbytes / 1e6:,.0f} MB of weights, {engine.how}, loaded in {engine.load_seconds:.1f} s", style="dim", highlight=False, soft_wrap=True)
         for note in engine.model.notes:
             err.print(plain(note), style="dim", highlight=False, soft_wrap=True)
     if prompt is not None:
@@ -104,7 +103,7 @@ def _speed(text: Any) -> None:
 def _converse(chat: Any) -> None:
     from .console import err, plain
 
-    err.print("/clear forgets, /system TEXT, /exit ends (or Ctrl-D); Ctrl-C stops an answer.", style="dim", highlight=False)
+    err.print("/clear forgets, /system TEXT begins anew, /exit ends (or Ctrl-D); Ctrl-C stops an answer.", style="dim", highlight=False)
     while True:
         try:
             line = input("> ").strip()
@@ -171,8 +170,7 @@ def serve(
     from ..runtime.server import make_app
 
     engine = open_model(model, context=context, kv_cache=kv_cache, threads=threads, isa=isa, native=native, progress=BarProgress())
-    how = "native decoder" if not engine.reason else f"transformers, because {engine.reason}"
-    err.print(f"{plain(engine.name)}: {how}; context {engine.context:,}, {slots} texts at once. http://{host}:{port}/v1", highlight=False, soft_wrap=True)
+    err.print(f"{plain(engine.name)}: {engine.how}; context {engine.context:,}, {slots} texts at once. http://{host}:{port}/v1", highlight=False, soft_wrap=True)
     uvicorn.run(make_app(engine, slots=slots), host=host, port=port, log_level="warning")
 
 

@@ -2,7 +2,7 @@
 
     native.py      the C++ extension (csrc/), where it was built
     packed.py      any quantized matrix in the layout that it streams
-    reference.py   what its products are, in plain torch: the oracle, and what runs where there is no extension
+    reference.py   what its products are, in plain torch: the oracle of the tests
 """
 
 from .native import instruction_sets, native, why_not

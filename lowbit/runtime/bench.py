@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import instruction_sets
 from ..kernels.native import threads
 from ..pipeline import resources
+from .decoder import NativeModel
 from .engine import Engine
 
 READ = 1 << 28  # bytes that the bandwidth test reads, more than caches hold
@@ -64,9 +64,8 @@ def bench(engine: Engine, *, prefill: tuple[int, ...] = (128, 512), decode: int 
     engine.seen = []
     p50, p95 = (1e3 * value for value in (statistics.median(times), sorted(times)[int(0.95 * (len(times) - 1))]))
     bandwidth = read_bandwidth()
-    isa = instruction_sets()[0] if not engine.reason else ""
     return Speed(
-        engine.name, f"native, {isa}" if isa else "transformers", threads(), found, decode, start, 1e3 / p50, p50, p95, engine.model.nbytes, bandwidth / 1e9,
+        engine.name, f"native, {engine.model.isa}" if isinstance(engine.model, NativeModel) else "transformers", threads(), found, decode, start, 1e3 / p50, p50, p95, engine.model.nbytes, bandwidth / 1e9,
         engine.model.nbytes / (p50 / 1e3) / bandwidth, engine.load_seconds, peak.peak_bytes,
     )  # fmt: skip
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, ModelError
-from ..kernels import can_pack, native, pack, why_not
+from ..errors import FormatError, ModelError, RecipeError
+from ..kernels import can_pack, instruction_sets, native, pack, why_not
 from ..kernels.native import threads as default_threads
 from ..kernels.packed import REALS
 from ..models import skeleton as sk
@@ -37,6 +37,7 @@ class NativeModel:
     notes: list[str] = field(default_factory=list)
     nbytes: int = 0
     slot: int = 0
+    isa: str = ""
 
     def another(self, slot: int) -> NativeModel:
         """The same weights with the cache of another text. One forward at a time: they share their buffers."""
@@ -82,9 +83,12 @@ def open_native(built: Skeleton, *, context: int, threads: int | None = None, is
     """The decoder of a skeleton, which why_not_native allows.
 
     context: tokens that its cache has room for. isa: "" (the best), avx512, avx2, neon or portable. cache_bits: of keys and values: 16 (float16), or 8 or 4 for each head and token in groups
-    of 32 channels with a scale and a least value. ModelError where the heads have no such groups.
+    of 32 channels with a scale and a least value. RecipeError for an isa that is not there, ModelError where the heads have no such groups.
     """
-    return _Maker(built, context, threads or default_threads(), isa, cache_bits).make(progress)
+    known = instruction_sets()
+    if isa and isa not in known:
+        raise RecipeError(f"isa is {isa!r}; this processor and this build have {', '.join(known)}.")
+    return replace(_Maker(built, context, threads or default_threads(), isa, cache_bits).make(progress), isa=isa or known[0])
 
 
 class _Maker:

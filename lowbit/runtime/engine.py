@@ -97,6 +97,11 @@ class Engine:
     def context(self) -> int:
         return self.model.context
 
+    @property
+    def how(self) -> str:
+        """What runs it, in words."""
+        return f"transformers, because {self.reason}" if self.reason else "native decoder"
+
     def another(self, slot: int) -> Engine:
         """The same model for another text."""
         return replace(self, model=self.model.another(slot), seen=[])

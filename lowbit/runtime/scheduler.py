@@ -79,7 +79,7 @@ class Scheduler:
         if not job.cancelled:
             try:
                 piece, text = next(job.pieces)
-            except Exception as error:
+            except Exception as error:  # whatever goes wrong belongs to this request, which is told; the others go on
                 job.tell("", None, error)
             else:
                 job.tell(piece, replace(text), None)  # as it is now: it goes on while the other thread reads

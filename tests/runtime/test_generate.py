@@ -85,6 +85,11 @@ def test_run_and_bench(model_folder):
     shown = runner.invoke(app, ["bench", str(model_folder("llama")), "--prefill", "8", "--decode", "2", "--transformers"])
     assert shown.exit_code == 0 and "Not the native decoder" in shown.stdout
     assert runner.invoke(app, ["bench", str(model_folder("llama")), "--prefill", "x"]).exit_code != 0
+    if kernels.native():
+        portable = runner.invoke(app, ["bench", str(model_folder("llama")), "--prefill", "8", "--decode", "2", "--isa", "portable", "--json"])
+        assert json.loads(portable.stdout)["decoder"] == "native, portable"
+        with pytest.raises(RecipeError, match="isa is 'sse9'"):
+            open_model(model_folder("llama"), isa="sse9")
 
 
 def test_greedy_is_the_likeliest_token(engine):
