@@ -76,15 +76,15 @@ def write(
         except BaseException:
             _delete(draft)
             raise
-    publish(draft, output)
+    publish(draft, output, overwrite=overwrite)
     if not folder:
         write_text(card_path(output, True), card)
 
 
-def publish(draft: Path, output: Path) -> None:
-    """Give a file or folder that is whole its name; what had that name is there until then, and again if that fails."""
+def publish(draft: Path, output: Path, *, overwrite: bool) -> None:
+    """Give a file or folder that is whole its name; with overwrite, what had that name is there until then, and again if that fails."""
     old = output.with_name(output.name + ".old")
-    aside = output.exists() and (output.is_dir() or draft.is_dir())  # a file replaces a file in one step
+    aside = overwrite and output.exists() and (output.is_dir() or draft.is_dir())  # a file replaces a file in one step
     if aside:
         _delete(old)
         os.replace(output, old)

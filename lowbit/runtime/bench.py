@@ -64,8 +64,9 @@ def bench(engine: Engine, *, prefill: tuple[int, ...] = (128, 512), decode: int 
     engine.seen = []
     p50, p95 = (1e3 * value for value in (statistics.median(times), sorted(times)[int(0.95 * (len(times) - 1))]))
     bandwidth = read_bandwidth()
+    decoder = f"native, {engine.model.isa}" if isinstance(engine.model, NativeModel) else "transformers"
     return Speed(
-        engine.name, f"native, {engine.model.isa}" if isinstance(engine.model, NativeModel) else "transformers", threads(), found, decode, start, 1e3 / p50, p50, p95, engine.model.nbytes, bandwidth / 1e9,
+        engine.name, decoder, threads(), found, decode, start, 1e3 / p50, p50, p95, engine.model.nbytes, bandwidth / 1e9,
         engine.model.nbytes / (p50 / 1e3) / bandwidth, engine.load_seconds, peak.peak_bytes,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import __version__
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..checkpoints.safetensors import open_file, read_json, write_text
-from ..errors import DataError, ModelError, RecipeError
+from ..errors import DataError, JobError, ModelError, RecipeError
 from ..models import skeleton as sk
 from ..models.experts import is_experts
 from ..models.linears import find_linears, outside_matrices
@@ -180,7 +180,7 @@ def qlora(
             "recipe": None if draft is None else draft.recipe.to_dict(), "options": asdict(options), "seed": seed, "compute_dtype": str(compute).removeprefix("torch."),
             "data": {"windows": len(train), "learned_tokens": train.learned, "held_out_tokens": held.learned}, **result,
         }  # fmt: skip
-        _save(peft_model, path, folder, provenance, compute, base=str(model) if own_base is None else str(own_base))
+        _save(peft_model, path, folder, provenance, compute, base=str(model) if own_base is None else str(own_base), overwrite=overwrite)
     finish(folder, path)
     return _made(path, own_base, time.monotonic() - started)
 
@@ -356,7 +356,7 @@ def _train(model: Any, train: Rows, held: Rows, options: QloraOptions, folder: P
     return {"held_out": {"before": before, "after": trainer.measured()[1], "curve": curve}, "losses": losses, "steps": trainer.state.global_step}
 
 
-def _save(model: Any, path: Path, folder: Path, provenance: dict, compute: torch.dtype, *, base: str) -> None:
+def _save(model: Any, path: Path, folder: Path, provenance: dict, compute: torch.dtype, *, base: str, overwrite: bool) -> None:
     """Write the adapter as peft does, in the dtype of the computation, with lowbit.json beside it; through a sibling. base: what peft is to take for the base's name."""
     draft = temporary(path)
     shutil.rmtree(draft, ignore_errors=True)
@@ -364,5 +364,7 @@ def _save(model: Any, path: Path, folder: Path, provenance: dict, compute: torch
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(str(draft), state_dict=state, save_embedding_layers=False)
     write_text(draft / NOTES, json.dumps(provenance, indent=1) + "\n")
+    if path.exists() and not overwrite:  # it came while this trained
+        raise JobError(f"{path} exists already. Choose another -o, or --overwrite.")
     whole(folder)
-    publish(draft, path)
+    publish(draft, path, overwrite=overwrite)
