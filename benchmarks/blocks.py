@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import lowbit.numerics as numerics
 from lowbit.algorithms import algorithm, make_options
 from lowbit.algorithms.hqq import HqqOptions, hqq
+from lowbit.models.attention import NAME
 from lowbit.models.linears import Linear
 from lowbit.pipeline.calibration import MICRO_BATCH_TOKENS
 from lowbit.pipeline.collect import Collector, Current, InputGroup, StopBlock
@@ -210,6 +211,7 @@ def own_awq(tensors: dict[str, Tensor], n_tokens: int, layer: nn.Module, hidden:
 def own_autoround(tensors: dict[str, Tensor], n_tokens: int, layer: nn.Module, hidden: Tensor, a: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, float]]:
     dtype = torch.bfloat16 if a.amp else torch.float32
     block, kwargs = copy.deepcopy(layer).to(dtype), block_kwargs(layer, hidden)
+    block.self_attn.config._attn_implementation = NAME  # as quantize has it
     kwargs = {**kwargs, "position_embeddings": tuple(part.to(dtype) for part in kwargs["position_embeddings"])}
     rows = max(1, MICRO_BATCH_TOKENS // hidden.shape[1])  # windows at once, as quantize has them
     parts = hidden.split(rows)

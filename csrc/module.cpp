@@ -10,6 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "attention.h"
 #include "decoder.h"
 
 namespace nb = nanobind;
@@ -169,6 +170,36 @@ const float* vector_of(const Vector& v, int64_t size, const char* name) {
     return v ? v->data() : nullptr;
 }
 
+using Half4 = nb::ndarray<uint16_t, nb::ndim<4>, nb::device::cpu>;  // bfloat16, [batch, heads, length, dim]
+
+Heads<uint16_t> heads_of(const Half4& x, int64_t batch, int64_t heads, int64_t length, int64_t dim, const char* name) {
+    require(int64_t(x.shape(0)) == batch && int64_t(x.shape(1)) == heads && int64_t(x.shape(2)) == length && int64_t(x.shape(3)) == dim, std::string(name) + " has another shape");
+    require(x.stride(3) == 1 && x.stride(2) % 2 == 0, std::string(name) + ": the numbers of a row are not beside each other, or rows begin at odd places");
+    return {x.data(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Heads<const uint16_t> read_only(const Heads<uint16_t>& x) { return {x.data, x.batch, x.head, x.row}; }
+
+struct AttentionCall {
+    Attention a;
+    Heads<uint16_t> q, k, v, out;
+    float* lse;
+
+    AttentionCall(const Half4& q_, const Half4& k_, const Half4& v_, const Half4& out_, nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>& lse_, float scale, bool causal) {
+        require(attention_supported(), "this needs a processor with AVX-512 BF16");
+        a = {int64_t(q_.shape(0)), int64_t(q_.shape(1)), 1, int64_t(q_.shape(2)), int64_t(k_.shape(2)), int64_t(q_.shape(3)), scale, causal};
+        const int64_t kv_heads = int64_t(k_.shape(1));
+        require(a.batch > 0 && a.heads > 0 && kv_heads > 0 && a.queries > 0 && a.keys > 0 && a.heads % kv_heads == 0, "sizes must be positive, and the heads of keys divide those of queries");
+        require(a.dim > 0 && a.dim % 32 == 0 && a.dim <= LARGEST_DIM, "heads have a multiple of 32 channels, at most 256");
+        require(!causal || a.queries == a.keys, "causal attention has as many queries as keys");
+        a.groups = a.heads / kv_heads;
+        q = heads_of(q_, a.batch, a.heads, a.queries, a.dim, "q"), out = heads_of(out_, a.batch, a.heads, a.queries, a.dim, "out");
+        k = heads_of(k_, a.batch, kv_heads, a.keys, a.dim, "k"), v = heads_of(v_, a.batch, kv_heads, a.keys, a.dim, "v");
+        require(int64_t(lse_.shape(0)) == a.batch && int64_t(lse_.shape(1)) == a.heads && int64_t(lse_.shape(2)) == a.queries, "lse is [batch, heads, queries]");
+        lse = lse_.data();
+    }
+};
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -199,6 +230,22 @@ NB_MODULE(_native, m) {
         require(int64_t(scales.shape(0)) == rows && int64_t(scales.shape(1)) == cols / block && int64_t(sums.shape(0)) == rows && int64_t(sums.shape(1)) == cols / block, "scales and sums are [rows, blocks]");
         chosen(isa)->round(x.data(), cols, rows, {cols, block, codes.data(), scales.data(), sums.data()});
     }, "x"_a, "block"_a, "codes"_a, "scales"_a, "sums"_a, "isa"_a = "");
+
+    using Lse = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+    m.def("attention_supported", &attention_supported, "Whether this processor runs attention and attention_backward.");
+    m.def("attention", [](Half4 q, Half4 k, Half4 v, Half4 out, Lse lse, float scale, bool causal, int threads) {
+        const AttentionCall c(q, k, v, out, lse, scale, causal);
+        nb::gil_scoped_release release;
+        attention_forward(c.a, read_only(c.q), read_only(c.k), read_only(c.v), c.out, c.lse, threads);
+    }, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "scale"_a, "causal"_a, "threads"_a);
+    m.def("attention_backward", [](Half4 q, Half4 k, Half4 v, Half4 out, Lse lse, Half4 gradient, Half4 to_q, Half4 to_k, Half4 to_v, float scale, bool causal, int threads) {
+        const AttentionCall c(q, k, v, out, lse, scale, causal);
+        const Attention& a = c.a;
+        const auto g = heads_of(gradient, a.batch, a.heads, a.queries, a.dim, "gradient"), dq = heads_of(to_q, a.batch, a.heads, a.queries, a.dim, "to_q");
+        const auto dk = heads_of(to_k, a.batch, a.heads, a.keys, a.dim, "to_k"), dv = heads_of(to_v, a.batch, a.heads, a.keys, a.dim, "to_v");
+        nb::gil_scoped_release release;
+        attention_backward(a, read_only(c.q), read_only(c.k), read_only(c.v), read_only(c.out), c.lse, read_only(g), dq, dk, dv, threads);
+    }, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "gradient"_a, "to_q"_a, "to_k"_a, "to_v"_a, "scale"_a, "causal"_a, "threads"_a);
 
     nb::class_<Decoder>(m, "Decoder", "A language model of the Llama kind.")
         .def("__init__", [](Decoder* self, nb::dict values, int64_t context, int threads, const std::string& isa, int cache_bits) {

@@ -26,6 +26,7 @@ from ..checkpoints import Checkpoint, LazyTensor
 from ..checkpoints.checkpoint import plain_config
 from ..errors import CheckpointError, ModelError
 from .arch import refuse_unsupported
+from .attention import use_native
 from .experts import EXPERTS_IMPLEMENTATION, is_experts
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -99,6 +100,7 @@ def build(checkpoint: Checkpoint) -> Skeleton:
     model.tie_weights()
     if model._can_set_experts_implementation():
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    use_native(model)
     blocks_name = find_blocks(model)
     checkpoint = unstacked(model, checkpoint)
     sources, unused = _map_names(model, checkpoint)
