@@ -1,11 +1,14 @@
 """How fast the native kernels and the decoder are, beside other programs, all in one run.
 
     python benchmarks/speed.py layers [--only int4] [--shapes 4096x4096,11008x4096] [--rounds 9]
-    python benchmarks/speed.py model MODEL.gguf --llama-bench PATH/llama-bench [--rounds 5]
+    python benchmarks/speed.py model MODEL.gguf --llama-bench PATH/llama-bench [--against OTHER.gguf] [--rounds 5]
+    python benchmarks/speed.py attention [--rounds 9]
+    python benchmarks/speed.py random FOLDER --tokenizer FOLDER       a Llama of 1.1B (TinyLlama's shape) with random weights, to quantize
 
 layers: one linear layer, 1 row and 128 rows of inputs. Each contender has as many copies of its weights as fill 160 MB, so that they come from memory, not from a cache; contenders take turns
 in every round. bandwidth: sums of float32 over 256 MB, in the same rounds. Beside ours: torch (float32, bfloat16, _weight_int4pack_mm, fbgemm's dynamic int8) and, where it is installed,
-onnxruntime's MatMulNBits (accuracy_level 4, groups of 128). model: prompts of 128 and 512 tokens and 64 generated ones, `lowbit` and llama-bench in turns.
+onnxruntime's MatMulNBits (accuracy_level 4, groups of 128). model: prompts of 128 and 512 tokens and 64 generated ones, `lowbit` and llama-bench in turns
+(with --against, llama-bench on another file of the same model). attention: over whole sequences in bfloat16, causal, forward alone and with gradients, ours and torch's in turns.
 Quantiles 20, 50 and 80 of the rounds are appended to benchmarks/results/speed.jsonl with the commit.
 """
 
@@ -38,14 +41,19 @@ def main() -> None:
         ort_child(*(int(value) for value in sys.argv[2:]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["layers", "model"])
+    parser.add_argument("what", choices=["layers", "model", "attention", "random"])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--against")
+    parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--only")
     parser.add_argument("--shapes", default="4096x4096")
     parser.add_argument("--rounds", type=int, default=9)
     a = parser.parse_args()
-    rows = layers(a) if a.what == "layers" else model(a)
+    if a.what == "random":
+        random_llama(Path(a.model), a.tokenizer)
+        return
+    rows = {"layers": layers, "model": model, "attention": attention}[a.what](a)
     with RESULTS.open("a") as file:
         for row in rows:
             file.write(json.dumps({**row, "commit": commit(), "machine": machine()}) + "\n")
@@ -171,6 +179,35 @@ def ort_model(out: int, cols: int, bits: int) -> bytes:
     return onnx.ModelProto.SerializeToString(made)
 
 
+# ---------------------------------------------------------------------------------------------------------------- attention
+
+
+def attention(a: argparse.Namespace) -> list[dict]:
+    from lowbit.kernels.attention import attend
+
+    rows = []
+    for batch, heads, length, dim in ((4, 9, 512, 64), (1, 32, 2048, 64), (1, 32, 2048, 128)):
+        torch.manual_seed(0)
+        q, k, v, g = (torch.randn(batch, length, heads, dim, dtype=torch.bfloat16).transpose(1, 2).requires_grad_(index < 3) for index in range(4))
+        runs: dict[str, Callable[[], torch.Tensor]] = {
+            "lowbit": lambda q=q, k=k, v=v, dim=dim: attend(q, k, v, dim**-0.5, True),
+            "torch": lambda q=q, k=k, v=v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
+        }
+        times: dict[tuple[str, str], list[float]] = {}
+        for _ in range(a.rounds + 1):
+            for name, run in runs.items():
+                for what in ("forward", "with gradients"):
+                    started = time.perf_counter()
+                    out = run()
+                    if what != "forward":
+                        out.backward(g)
+                    times.setdefault((name, what), []).append(time.perf_counter() - started)
+        for (name, what), found in times.items():
+            rows.append({"kind": "attention", "name": name, "what": what, "shape": [batch, heads, length, dim], "ms": quantiles([1e3 * value for value in found[1:]])})
+            print(f"{batch} x {heads} heads of {dim}, {length} tokens, {what:14s} {name:7s} {rows[-1]['ms'][1]:8.2f} ms", flush=True)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------------------ whole models
 
 
@@ -191,15 +228,29 @@ def model(a: argparse.Namespace) -> list[dict]:
     for name, found in times.items():
         for key, values in found.items():
             rows.append({"kind": "model", "model": Path(a.model).name, "name": name, "what": key, "tokens_per_s": quantiles(values), "bytes": engine.model.nbytes})
+            if name != "lowbit":
+                rows[-1] |= {"model": Path(a.against or a.model).name, "bytes": Path(a.against or a.model).stat().st_size}
             print(f"{name:10s} {key:14s} {rows[-1]['tokens_per_s'][1]:9.1f} tokens/s ({rows[-1]['tokens_per_s'][0]:.1f} to {rows[-1]['tokens_per_s'][2]:.1f})")
     return rows
 
 
+def random_llama(folder: Path, tokenizer: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False,
+        dtype="bfloat16", bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
 def llama_bench(a: argparse.Namespace) -> dict[str, float]:
     folder = str(a.llama_bench.parent)
-    said = subprocess.run(
-        [str(a.llama_bench), "-m", a.model, "-t", str(threads()), "-p", "128,512", "-n", "64", "-r", "1", "-o", "json"], capture_output=True, text=True, check=True, env={"LD_LIBRARY_PATH": folder}
-    )
+    command = [str(a.llama_bench), "-m", a.against or a.model, "-t", str(threads()), "-p", "128,512", "-n", "64", "-r", "1", "-o", "json"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env={"LD_LIBRARY_PATH": folder})
     return {(f"prompt of {row['n_prompt']}" if row["n_prompt"] else "decode"): row["avg_ts"] for row in json.loads(said.stdout)}
 
 

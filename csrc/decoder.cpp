@@ -7,6 +7,8 @@
 
 namespace lowbit {
 
+constexpr int64_t MANY = 8;  // tokens from which on attention goes by blocks of queries
+
 struct Decoder::Scratch {
     std::vector<uint8_t> panel;
     std::vector<float> scores;
@@ -41,7 +43,7 @@ void Decoder::forward(const int64_t* tokens, int64_t n, int64_t start, float* lo
     grow(x_, rows * s.hidden), grow(qkv_, rows * qkv), grow(attended_, rows * s.heads * s.head_dim), grow(hidden_, rows * 2 * s.ffn), grow(normed_, rows * s.hidden);
     grow(codes_, rows * wide), grow(scales_, rows * wide / 8), grow(sums_, rows * wide / 8);
     while (int(scratch_.size()) < threads_) scratch_.push_back(std::make_shared<Scratch>());
-    for (auto& scratch : scratch_) grow(scratch->panel, panel_bytes(rows)), grow(scratch->scores, start + n);
+    for (auto& scratch : scratch_) grow(scratch->panel, panel_bytes(rows)), grow(scratch->scores, std::max(start + n, attend_scratch(s.head_dim)));
     for (int64_t done = 0; done < n; done += CHUNK) {
         const int64_t count = std::min(CHUNK, n - done);
         chunk(tokens + done, count, start + done, all ? logits + done * s.vocabulary : logits, done + count == n, all);
@@ -111,8 +113,20 @@ void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n,
         k_->keep(key, row_, keys + place);
         k_->keep(key + s.kv_heads * d, row_, values + place);
     }
+    if (n >= MANY && d % 16 == 0) {
+        auto [from, to] = w.share(n * s.heads);
+        for (int64_t job = from; job < to; job++) prepare(qkv_.data() + job / s.heads * width + job % s.heads * d, block.q_norm, job / s.heads);
+        barrier_.wait(w.count);
+        // Late tokens see more than early ones: every thread takes each count-th piece.
+        for (int64_t job = w.id; job < (n + QUERIES - 1) / QUERIES * s.heads; job += w.count) {
+            const int64_t i = job / s.heads * QUERIES, h = job % s.heads, place = h / group * context_ * row_.bytes();
+            k_->attend_many(qkv_.data() + i * width + h * d, width, std::min(QUERIES, n - i), start + i, block.window, keys + place, values + place, row_, s.attention_scale, s.attention_cap,
+                            w.scratch.scores.data(), attended_.data() + i * s.heads * d + h * d, s.heads * d);
+        }
+        barrier_.wait(w.count);
+        return;
+    }
     barrier_.wait(w.count);
-    // Late tokens see more than early ones: every thread takes each count-th.
     for (int64_t job = w.id; job < n * s.heads; job += w.count) {
         const int64_t i = job / s.heads, h = job % s.heads, position = start + i;
         const int64_t from = block.window > 0 ? std::max<int64_t>(0, position - block.window + 1) : 0;

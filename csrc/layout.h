@@ -59,6 +59,15 @@ struct Dense {
     const void* data = nullptr;
 };
 
+// Codes as lowbit's own files pack them: a stream of `bits` from the lowest bit on, each row from a word of its own; value = table[code] * scale, or (code - zero) * scale where there are zeros.
+struct Coded {
+    int64_t rows = 0, cols = 0, group = 0, row_words = 0;  // group: a multiple of 32 that divides cols
+    int bits = 0;
+    const uint32_t* words = nullptr;
+    const float *scales = nullptr, *zeros = nullptr;  // [rows][cols / group]
+    float table[256] = {};
+};
+
 // How a cache keeps a row of numbers (the keys or values of a head for one token): float16, or codes of 8 or 4 bits in groups of GROUP with a float16 scale and least value each, after the codes.
 // Code j of a group of 4 bits shares its byte with code j + 16.
 struct Row {
@@ -81,12 +90,19 @@ struct Kernels {
     void (*rope)(float* x, const float* cosine, const float* sine, int64_t half);  // of one head; the halves are its first and second 'half' numbers
     // One query head against n cached keys and values: y [dim]. scores: n floats.
     void (*attend)(const float* q, const uint8_t* keys, const uint8_t* values, int64_t n, Row row, float scale, float cap, float* scores, float* y);
+    // The same for m (at most QUERIES) queries of one head, of the tokens from position on, each of which sees the last `window` (0: all) cached ones up to itself; dim is a multiple of 16.
+    // scratch: attend_scratch(dim) floats.
+    void (*attend_many)(const float* q, int64_t q_stride, int64_t m, int64_t position, int64_t window, const uint8_t* keys, const uint8_t* values, Row row, float scale, float cap, float* scratch, float* y,
+                        int64_t y_stride);
     void (*keep)(const float* x, Row row, uint8_t* out);  // a row, rounded
     void (*gate)(float* gate, const float* up, int64_t n, int kind);  // gate = act(gate) * up; kind 0: SiLU, 1: GELU by tanh
     void (*to_half)(const float* x, uint16_t* y, int64_t n);
+    void (*decode)(const Coded& w, int64_t first, int64_t last, void* out, bool half);  // rows first to last into out [rows][cols], float32 or bfloat16
 };
 
 int64_t panel_bytes(int64_t m);  // of matmul's scratch
+constexpr int64_t QUERIES = 64;  // of attend_many
+constexpr int64_t attend_scratch(int64_t dim) { return 2 * dim * QUERIES + 64 * QUERIES + 2 * 64 * dim; }
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // nullptr where they were not built

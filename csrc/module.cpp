@@ -170,6 +170,25 @@ const float* vector_of(const Vector& v, int64_t size, const char* name) {
     return v ? v->data() : nullptr;
 }
 
+void decode(nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> words, int bits, Array1<float> table, Array2<float> scales, std::optional<Array2<float>> zeros,
+            nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> out, int threads, const std::string& isa) {
+    const Kernels* k = chosen(isa);
+    Coded w;
+    w.rows = int64_t(out.shape(0)), w.cols = int64_t(out.shape(1)), w.bits = bits;
+    const int64_t groups = int64_t(scales.shape(1));
+    require(bits >= 1 && bits <= 8 && bits != 7, "bits must be 1, 2, 3, 4, 5, 6 or 8");
+    require(groups > 0 && w.cols % groups == 0 && w.cols / groups % 32 == 0, "a group is a multiple of 32 columns");
+    require(int64_t(words.shape(0)) == w.rows && int64_t(words.shape(1)) == w.cols * bits / 8 && int64_t(scales.shape(0)) == w.rows, "words are [rows, cols * bits / 8] and scales [rows, groups]");
+    require(!zeros || (int64_t(zeros->shape(0)) == w.rows && int64_t(zeros->shape(1)) == groups), "zeros are as scales");
+    require(zeros || int64_t(table.shape(0)) == int64_t(1) << bits, "the table has a value for each code");
+    require(out.itemsize() == 2 || out.itemsize() == 4, "out is float32 or bfloat16");
+    w.group = w.cols / groups, w.row_words = w.cols * bits / 32, w.words = reinterpret_cast<const uint32_t*>(words.data());
+    w.scales = scales.data(), w.zeros = zeros ? zeros->data() : nullptr;
+    if (!zeros) std::copy_n(table.data(), size_t(1) << bits, w.table);
+    nb::gil_scoped_release release;
+    parallel(threads, [&](int id, int count) { k->decode(w, w.rows * id / count, w.rows * (id + 1) / count, out.data(), out.itemsize() == 2); });
+}
+
 using Half4 = nb::ndarray<uint16_t, nb::ndim<4>, nb::device::cpu>;  // bfloat16, [batch, heads, length, dim]
 
 Heads<uint16_t> heads_of(const Half4& x, int64_t batch, int64_t heads, int64_t length, int64_t dim, const char* name) {
@@ -231,6 +250,7 @@ NB_MODULE(_native, m) {
         chosen(isa)->round(x.data(), cols, rows, {cols, block, codes.data(), scales.data(), sums.data()});
     }, "x"_a, "block"_a, "codes"_a, "scales"_a, "sums"_a, "isa"_a = "");
 
+    m.def("decode", &decode, "words"_a, "bits"_a, "table"_a, "scales"_a, "zeros"_a.none(), "out"_a, "threads"_a, "isa"_a = "");
     using Lse = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
     m.def("attention_supported", &attention_supported, "Whether this processor runs attention and attention_backward.");
     m.def("attention", [](Half4 q, Half4 k, Half4 v, Half4 out, Lse lse, float scale, bool causal, int threads) {

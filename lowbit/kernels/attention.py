@@ -1,6 +1,6 @@
 """Attention over whole sequences in bfloat16 on the processor, with gradients (csrc/attention.cpp).
 
-Dao et al., "FlashAttention", arXiv:2205.14135. torch's own takes several times as long on processors with AVX-512 BF16 (docs/kernels.md); elsewhere torch's is used.
+Dao et al., "FlashAttention", arXiv:2205.14135. torch's own takes several times as long on processors with AVX-512 BF16 (docs/runtime.md); elsewhere torch's is used.
 """
 
 from __future__ import annotations

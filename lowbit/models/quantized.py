@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import numerics
-from ..errors import ModelError
+from ..errors import FormatError, ModelError
+from ..kernels import PackedMatrix, can_pack, native, pack
+from ..kernels.decode import decode
 from ..numerics import activations, parts
 from ..scheme import Rounding
 from ..tensor import QuantizedTensor
@@ -46,7 +49,13 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The decoded matrix."""
-        return numerics.dequantize(self.quantized()).to(self.decode_to)
+        return self.decoded(self.decode_to)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The decoded matrix, rounded to decode_to, in a dtype."""
+        once = dtype if self.decode_to == torch.float32 else self.decode_to
+        made = decode({name: getattr(self, f"_{name}") for name in self.names}, self.scheme, (self.out_features, self.in_features), once)
+        return (numerics.dequantize(self.quantized()).to(self.decode_to) if made is None else made).to(dtype)
 
     @property
     def qweight(self) -> Tensor:
@@ -63,7 +72,8 @@ class QuantLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + bias."""
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        device = x.device.type
+        return nn.functional.linear(x, self.decoded(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype), self.bias)
 
     def _apply(self, fn, recurse: bool = True) -> QuantLinear:
         """Moves to devices; casts of dtype leave the parts as they are."""
@@ -79,6 +89,29 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}, bias={self.bias is not None}"
 
 
+class PackedLinear(nn.Module):
+    """y = x W^T + bias by the native kernels, which round x to 8 bits in blocks (kernels/packed.py): for running, not for training."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.out_features, self.in_features = matrix.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded matrix, float32."""
+        return self.matrix.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] in any floating dtype, which the result has, too."""
+        y = self.matrix.matmul(x.detach())
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.matrix.nbytes:,} bytes, bias={self.bias is not None}"
+
+
 class _Product(torch.autograd.Function):
     """x W^T + bias, of which nothing is kept but the layer: W is decoded again for the gradient of x, G W (Dettmers et al., arXiv:2305.14314, section 3)."""
 
@@ -90,18 +123,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         layer: QuantLinear = ctx.layer
-        to_x = (gradient @ layer.weight.to(gradient.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        to_x = (gradient @ layer.decoded(gradient.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         to_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return to_x, to_bias, None
 
 
-def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.device("cpu"), *, decode_to: torch.dtype | None = None) -> nn.Module:
-    """Fill the skeleton's model: quantized matrices of linear layers stay packed (decode_to: see QuantLinear), everything else is decoded to dtype."""
+def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.device("cpu"), *, decode_to: torch.dtype | None = None, packed: bool = False) -> nn.Module:
+    """Fill the skeleton's model: quantized matrices of linear layers stay packed (decode_to: see QuantLinear; packed: PackedLinear where it can be), everything else is decoded to dtype."""
     model = built.model
     skeleton.fill_buffers(model, model, device)
     for name, module in model.named_modules():
         skeleton.fill_stored_buffers(built, name, module, device)
-    install(built, model, dtype, device, decode_to)
+    install(built, model, dtype, device, decode_to, packed)
     tied = model.all_tied_weights_keys
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and not (name in tied and name not in built.sources):
@@ -112,17 +145,28 @@ def load(built: Skeleton, dtype: torch.dtype, device: torch.device = torch.devic
     return model.eval()
 
 
-def install(built: Skeleton, model: nn.Module, dtype: torch.dtype, device: torch.device, decode_to: torch.dtype | None = None) -> list[str]:
-    """Put a QuantLinear where the checkpoint has a quantized matrix for a linear layer of model; returns the parameters that it replaced."""
+def install(built: Skeleton, model: nn.Module, dtype: torch.dtype, device: torch.device, decode_to: torch.dtype | None = None, packed: bool = False) -> list[str]:
+    """Put a QuantLinear (or with packed a PackedLinear, where the kernels take it) where the checkpoint has a quantized matrix for a linear layer of model; returns the parameters that it replaced."""
     replaced = []
     for parameter, name in matrices(built).items():
         module = parameter.removesuffix(".weight")
         old = model.get_submodule(module)
         bias = skeleton.load_parameter(built, f"{module}.bias", dtype).to(device) if getattr(old, "bias", None) is not None else None
-        made = QuantLinear(built.checkpoint.quantized[name].load(), bias, built.checkpoint.activations.get(name), decode_to).to(device)
+        qt, rounding = built.checkpoint.quantized[name].load(), built.checkpoint.activations.get(name)
+        matrix = _packed(qt) if packed and rounding is None and device.type == "cpu" else None
+        made = QuantLinear(qt, bias, rounding, decode_to).to(device) if matrix is None else PackedLinear(matrix, bias)
         model.set_submodule(module, made.eval())
         replaced.append(parameter)
     return replaced
+
+
+def _packed(qt: QuantizedTensor) -> PackedMatrix | None:
+    """The matrix in the kernels' layout, or None where they do not take it."""
+    if native() is None or not can_pack(qt.scheme):
+        return None
+    with suppress(FormatError):  # groups of a size that they have not
+        return pack(qt)
+    return None
 
 
 def matrices(built: Skeleton) -> dict[str, str]:

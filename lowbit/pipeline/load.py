@@ -15,11 +15,12 @@ from . import resources
 from .locate import locate
 
 
-def load(path: str | Path, *, dtype: str | None = None, device: str | None = None) -> PreTrainedModel:
+def load(path: str | Path, *, dtype: str | None = None, device: str | None = None, kernels: bool = False) -> PreTrainedModel:
     """The transformers model of a checkpoint, with generate(); anything that lowbit opens: a folder in any of its layouts, a hub id, a GGUF file.
 
     Quantized matrices of linear layers stay packed and are decoded whenever they are used; embeddings, norms and experts are in dtype ("float32", "bfloat16", "float16";
-    default: bfloat16 where the hardware multiplies it). Raises ResourceError when the model does not fit.
+    default: bfloat16 where the hardware multiplies it). kernels: multiply with the native kernels instead, which round the layers' inputs to 8 bits (docs/runtime.md) and are
+    several times as fast; on the CPU, for the formats that they take, without gradients. Raises ResourceError when the model does not fit.
     """
     checkpoint = open_checkpoint(locate(path))
     place = resources.choose_device(device)
@@ -28,7 +29,7 @@ def load(path: str | Path, *, dtype: str | None = None, device: str | None = Non
     packed = quantized.matrices(skeleton)
     dense = sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in packed) * chosen.itemsize
     resources.require_memory(int(1.1 * dense) + sum(checkpoint.quantized[name].nbytes for name in packed.values()), purpose="Loading this model")
-    model = cast(PreTrainedModel, quantized.load(skeleton, chosen, place))
+    model = cast(PreTrainedModel, quantized.load(skeleton, chosen, place, packed=kernels))
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = True
     if located := next((file.parent for file in checkpoint.files if file.name == "generation_config.json"), None):

@@ -18,6 +18,7 @@ from ..errors import ModelError, RecipeError
 from ..models import skeleton as sk
 from ..models.kv_cache import KVScheme
 from ..models.kv_cache import kv_cache as rounded_cache
+from ..models.quantized import PackedLinear
 from ..pipeline import resources
 from ..pipeline.load import load
 from ..pipeline.locate import load_tokenizer, locate
@@ -46,6 +47,7 @@ class TransformersModel:
         self.model, self.context, self.cache_bits = model, context, cache_bits
         self.vocabulary = model.config.get_text_config().vocab_size
         self.nbytes = sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
+        self.nbytes += sum(module.matrix.nbytes for module in model.modules() if isinstance(module, PackedLinear))
         self.notes: list[str] = []
         self._cache: Any = None
         self._seen: list[int] = []
@@ -138,7 +140,11 @@ def open_model(
     if reason and native:
         raise ModelError(f"{located} cannot run in the native decoder: {reason}.")
     resources.require_memory(int(1.1 * checkpoint.tensor_bytes), purpose="Running this model")
-    model: Model = TransformersModel(load(located), length, bits) if reason else open_native(built, context=length, threads=threads, isa=isa, cache_bits=bits, progress=progress)
+    model: Model
+    if reason:
+        model = TransformersModel(load(located, kernels=native is None), length, bits)
+    else:
+        model = open_native(built, context=length, threads=threads, isa=isa, cache_bits=bits, progress=progress)
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
         tokenizer = load_tokenizer(checkpoint, Path(scratch))
     defaults = None

@@ -7,7 +7,8 @@ import torch
 
 from lowbit import kernels, numerics
 from lowbit.errors import FormatError
-from lowbit.kernels import reference
+from lowbit.kernels import decode, reference
+from lowbit.numerics import parts
 from lowbit.pipeline import recipes
 
 FORMATS = [
@@ -129,3 +130,27 @@ def test_reference_rounds_half_to_even():
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2, 0, 126]] and scales.tolist() == [[1.0]]
 
 
+INTEGERS = [f"int{bits}-{kind}-g64" for bits in (2, 3, 4, 5, 6, 8) for kind in ("sym", "asym")]
+
+
+@needs_native
+@pytest.mark.parametrize("name", [*INTEGERS, "int4-sym-channel", "int4-asym-g64-hqq", "nf4", "nf4-dq", "fp4", "mxfp4", "mxfp6", "binary", "ternary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_is_that_of_numerics_bit_for_bit(name, dtype):
+    qt = matrix(name)
+    stored = parts.store(qt)
+    goal = numerics.dequantize(qt).to(dtype)
+    found = decode.decode(stored, qt.scheme, qt.shape, dtype)
+    assert found is not None and found.dtype == dtype and torch.equal(found, goal)
+    words, bits = stored["codes"].view(torch.uint8), parts.code_bits(qt.scheme)
+    scale, zero = decode._scales(stored, qt.scheme, qt.shape, qt.shape[1] // decode._group(qt.scheme, qt.shape[1]))
+    for isa in kernels.instruction_sets():
+        out = torch.empty(qt.shape, dtype=dtype)
+        kernels.native().decode(words, bits, decode._table(qt.scheme, bits), scale, zero, out.view(torch.uint16) if dtype == torch.bfloat16 else out, 2, isa)
+        assert torch.equal(out, goal), isa
+
+
+def test_what_decoding_leaves_to_numerics():
+    for name in ("nvfp4", "int4-sym-g16", "q4_0", "e8p2-ldlq"):
+        qt = matrix(name) if name != "e8p2-ldlq" else numerics.quantize(torch.randn(64, 64), recipes.parse(name).recipe.scheme)
+        assert decode.decode(parts.store(qt), qt.scheme, qt.shape, torch.float32) is None

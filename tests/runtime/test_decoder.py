@@ -9,6 +9,7 @@ from lowbit import kernels
 from lowbit.checkpoints import open_checkpoint
 from lowbit.errors import ModelError, RecipeError
 from lowbit.models import skeleton as sk
+from lowbit.models.quantized import PackedLinear, QuantLinear
 from lowbit.runtime import Sampling, generate, open_model, why_not_native
 from lowbit.runtime.decoder import open_native
 
@@ -141,6 +142,21 @@ def test_other_architectures_run_through_transformers(model_folder):
     assert [made.tokens for _, made in again][-1] == text.tokens[3:]
     with pytest.raises(ModelError, match="cannot run in the native decoder: gpt2"):
         open_model(model_folder("gpt2"), native=True)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("gpt2", "int4-asym-g32-rtn"), ("opt", "q8_0"), ("mixtral", "nf4-g32-rtn")])
+def test_other_architectures_multiply_with_the_kernels(model_folder, tmp_path, name, recipe):
+    """Their quantized layers are packed; what they compute differs by the rounding of inputs alone."""
+    lowbit.quantize(model_folder(name), recipe, tmp_path / "out", target_name="lowbit")
+    exact, packed = lowbit.load(tmp_path / "out", dtype="float32"), lowbit.load(tmp_path / "out", dtype="float32", kernels=True)
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) >= 8 and not any(isinstance(module, QuantLinear) for module in packed.modules())
+    goal, found = exact(IDS).logits, packed(IDS).logits
+    assert float((found - goal).norm() / goal.norm()) < 0.03
+    engine = open_model(tmp_path / "out", context=64)
+    assert engine.reason and sum(isinstance(module, PackedLinear) for module in engine.model.model.modules()) == len(layers)
+    exactly = open_model(tmp_path / "out", context=64, native=False)
+    assert not any(isinstance(module, PackedLinear) for module in exactly.model.model.modules())
 
 
 def test_what_is_refused(model_folder):
