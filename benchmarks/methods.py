@@ -50,6 +50,7 @@ ROWS = (
     ("4-bit", "NVFP4 GPTQ", "nvfp4-gptq"),
     ("4-bit", "guided GPTQ sym", "int4-sym-g64-gptq-guided"),
     ("4-bit", "guided GPTQ asym", "int4-asym-g64-gptq-guided"),
+    ("4-bit", "guided GPTQ sym, 4 groups", "int4-sym-g64-gptq-guided4"),
     ("4-bit", "GPTAQ sym", "int4-sym-g64-gptaq"),
     ("4-bit", "rotated GPTQ sym", "int4-sym-g64-rotate-gptq"),
     ("4-bit", "QuIP#", "quip-4"),

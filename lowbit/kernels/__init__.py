@@ -2,6 +2,9 @@
 
     native.py      the C++ extension (csrc/), where it was built
     packed.py      any quantized matrix in the layout that it streams
+    attention.py   attention over whole texts in bfloat16, with gradients
+    decode.py      packed matrices to numbers
+    triton.py      products on a GPU (imported where there is one, or by name)
     reference.py   what its products are, in plain torch: the oracle of the tests
 """
 

@@ -71,10 +71,10 @@ class PackedMatrix:
 
 def can_pack(scheme: Scheme) -> bool:
     """Whether the kernels take a number format (its columns may still be too odd: see pack)."""
-    return scheme.outliers is None and _plan(scheme) is not None
+    return scheme.outliers is None and plan_of(scheme) is not None
 
 
-def _plan(scheme: Scheme) -> Plan | None:
+def plan_of(scheme: Scheme) -> Plan | None:
     name = scheme.format
     if name == INT:
         kind = CONSTANT if scheme.symmetric else NUMBERS if scheme.zero_dtype == "float" else CODES
@@ -113,29 +113,29 @@ def _table_values(name: str) -> list[float]:
 
 def pack(qt: QuantizedTensor) -> PackedMatrix:
     """The matrix in the kernels' layout. FormatError for formats that the kernels do not take, and for groups that are no multiple of 8 columns."""
-    plan, (rows, cols) = _plan(qt.scheme), qt.shape
+    plan, (rows, cols) = plan_of(qt.scheme), qt.shape
     if plan is None or qt.scheme.outliers is not None or "g_idx" in qt.parts:
         raise FormatError(f"{qt.scheme.name} is not among the formats of the native kernels.")
-    group = _group(qt)
+    group = group_of(qt)
     module = native()
     bits = next((width for width in WIDER[plan.bits] if module.largest_block(width, group)), 0)
     if not bits:
         raise FormatError(f"groups of {group} of {cols} columns are no multiple of 8, which the native kernels need.")
-    dtype = _scale_dtype(qt)
+    dtype = scale_dtype_of(qt)
     held = module.Packed(rows, cols, bits, group, REALS[dtype], plan.kind, plan.zero, None if plan.table is None else list(plan.table))
-    for first, codes, scale, zero in _chunks(qt, plan, group):
+    for first, codes, scale, zero in chunks_of(qt, plan, group):
         held.fill(first, codes.numpy(), scale.numpy(), None if zero is None else zero.numpy(), threads())
     return PackedMatrix(held, qt.shape)
 
 
-def _group(qt: QuantizedTensor) -> int:
+def group_of(qt: QuantizedTensor) -> int:
     """Columns that share a scale in every row, and divide the columns."""
     cols = qt.shape[1]
     rows, size = affine.group_shape(qt.scheme, qt.shape)
     return math.gcd(cols, size) if rows <= 1 or size != 1 else cols
 
 
-def _scale_dtype(qt: QuantizedTensor) -> torch.dtype:
+def scale_dtype_of(qt: QuantizedTensor) -> torch.dtype:
     """The type of scales and zero-points in the layout: the stored one where both have it; k-quants' products in float16 where they fit, which rounds them by at most 2^-12."""
     name = qt.scheme.format
     if name == INT:
@@ -149,7 +149,7 @@ def _scale_dtype(qt: QuantizedTensor) -> torch.dtype:
     return torch.float32
 
 
-def _chunks(qt: QuantizedTensor, plan: Plan, group: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+def chunks_of(qt: QuantizedTensor, plan: Plan, group: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
     """(first row, codes uint8 [n, cols], scales float32 [n, groups], zero-points or minima or None) for runs of rows."""
     rows, cols = qt.shape
     step = max(16, CHUNK // cols // 16 * 16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ..tensor import QuantizedTensor
 from . import rounding, skeleton
 from .linears import find_linears
 from .skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from ..kernels.triton import GpuMatrix, Int8Matrix
 
 
 class QuantLinear(nn.Module):
@@ -90,9 +93,9 @@ class QuantLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + bias by the native kernels, which round x to 8 bits in blocks (kernels/packed.py): for running, not for training."""
+    """y = x W^T + bias by the kernels: those for the CPU round x to 8 bits in blocks (kernels/packed.py), those for GPUs do not (kernels/triton.py). For running, not for training."""
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None = None) -> None:
+    def __init__(self, matrix: PackedMatrix | GpuMatrix | Int8Matrix, bias: Tensor | None = None) -> None:
         super().__init__()
         self.matrix = matrix
         self.out_features, self.in_features = matrix.shape
@@ -106,7 +109,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] in any floating dtype, which the result has, too."""
         y = self.matrix.matmul(x.detach())
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.matrix.nbytes:,} bytes, bias={self.bias is not None}"
@@ -153,19 +156,22 @@ def install(built: Skeleton, model: nn.Module, dtype: torch.dtype, device: torch
         old = model.get_submodule(module)
         bias = skeleton.load_parameter(built, f"{module}.bias", dtype).to(device) if getattr(old, "bias", None) is not None else None
         qt, rounding = built.checkpoint.quantized[name].load(), built.checkpoint.activations.get(name)
-        matrix = _packed(qt) if packed and rounding is None and device.type == "cpu" else None
+        matrix = _packed(qt, rounding, device) if packed else None
         made = QuantLinear(qt, bias, rounding, decode_to).to(device) if matrix is None else PackedLinear(matrix, bias)
         model.set_submodule(module, made.eval())
         replaced.append(parameter)
     return replaced
 
 
-def _packed(qt: QuantizedTensor) -> PackedMatrix | None:
-    """The matrix in the kernels' layout, or None where they do not take it."""
-    if native() is None or not can_pack(qt.scheme):
-        return None
-    with suppress(FormatError):  # groups of a size that they have not
-        return pack(qt)
+def _packed(qt: QuantizedTensor, rounding: Rounding | None, device: torch.device) -> PackedMatrix | GpuMatrix | Int8Matrix | None:
+    """The matrix in the kernels' layout, or None where they do not take it or its inputs."""
+    with suppress(FormatError, ImportError):  # groups of a size that they have not; no triton
+        if device.type == "cuda":
+            from ..kernels.triton import pack_gpu, pack_int8
+
+            return pack_gpu(qt, device) if rounding is None else pack_int8(qt, rounding.act, device)
+        if device.type == "cpu" and rounding is None and native() is not None and can_pack(qt.scheme):
+            return pack(qt)
     return None
 
 

@@ -19,8 +19,8 @@ def load(path: str | Path, *, dtype: str | None = None, device: str | None = Non
     """The transformers model of a checkpoint, with generate(); anything that lowbit opens: a folder in any of its layouts, a hub id, a GGUF file.
 
     Quantized matrices of linear layers stay packed and are decoded whenever they are used; embeddings, norms and experts are in dtype ("float32", "bfloat16", "float16";
-    default: bfloat16 where the hardware multiplies it). kernels: multiply with the native kernels instead, which round the layers' inputs to 8 bits (docs/runtime.md) and are
-    several times as fast; on the CPU, for the formats that they take, without gradients. Raises ResourceError when the model does not fit.
+    default: bfloat16 where the hardware multiplies it). kernels: multiply with the kernels instead, for the formats that they take, without gradients: on the CPU with the layers'
+    inputs rounded to 8 bits (docs/runtime.md), several times as fast; on a GPU as they are, by Triton. Raises ResourceError when the model does not fit.
     """
     checkpoint = open_checkpoint(locate(path))
     place = resources.choose_device(device)
