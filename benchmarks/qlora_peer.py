@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -92,21 +93,19 @@ def side(name: str, folder: Path) -> None:
     model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
-    rows, losses, times, peak = load_file(folder / "rows.safetensors"), [], [], loaded
+    rows, losses, times, peak = load_file(folder / "rows.safetensors"), [], [], Peak()
     for step in range(settings["steps"]):
         start = time.perf_counter()
         batch = {key: value[step * settings["batch"] : (step + 1) * settings["batch"]] for key, value in rows.items()}
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
-        peak = max(peak, rss_anon())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.3)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
         times.append(1e3 * (time.perf_counter() - start))
-        peak = max(peak, rss_anon())
-    found = {"losses": losses, "step_ms": statistics.median(times[2:]), "peak_bytes": peak, "loaded_bytes": loaded}
+    found = {"losses": losses, "step_ms": statistics.median(times[2:]), "peak_bytes": peak.stop(), "loaded_bytes": loaded}
     (folder / f"{name}.json").write_text(json.dumps(found))
 
 
@@ -124,6 +123,24 @@ def theirs(folder: Path, model: str):
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     base = transformers.AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
     return PeftModel.from_pretrained(base, str(folder / "start"), is_trainable=True)
+
+
+class Peak(threading.Thread):
+    """The largest RssAnon seen, 50 times a second, also within the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.done = 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.wait(0.02):
+            self.most = max(self.most, rss_anon())
+
+    def stop(self) -> int:
+        self.done.set()
+        self.join()
+        return self.most
 
 
 def rss_anon() -> int:

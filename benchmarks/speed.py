@@ -1,14 +1,15 @@
 """How fast the native kernels and the decoder are, beside other programs, all in one run.
 
-    python benchmarks/speed.py layers [--only int4] [--shapes 4096x4096,11008x4096] [--rounds 9]
+    python benchmarks/speed.py layers [--only int4] [--shapes 4096x4096,11008x4096] [--rounds 9] [--ggml FOLDER]
     python benchmarks/speed.py model MODEL.gguf --llama-bench PATH/llama-bench [--against OTHER.gguf] [--rounds 5]
     python benchmarks/speed.py attention [--rounds 9]
     python benchmarks/speed.py random FOLDER --tokenizer FOLDER       a Llama of 1.1B (TinyLlama's shape) with random weights, to quantize
 
 layers: one linear layer, 1 row and 128 rows of inputs. Each contender has as many copies of its weights as fill 160 MB, so that they come from memory, not from a cache; contenders take turns
-in every round. bandwidth: sums of float32 over 256 MB, in the same rounds. Beside ours: torch (float32, bfloat16, _weight_int4pack_mm, fbgemm's dynamic int8) and, where it is installed,
-onnxruntime's MatMulNBits (accuracy_level 4, groups of 128). model: prompts of 128 and 512 tokens and 64 generated ones, `lowbit` and llama-bench in turns
-(with --against, llama-bench on another file of the same model). attention: over whole sequences in bfloat16, causal, forward alone and with gradients, ours and torch's in turns.
+in every round. bandwidth: sums of float32 over 256 MB, in the same rounds. Beside ours: torch (float32, bfloat16, _weight_int4pack_mm, fbgemm's dynamic int8); where it is installed,
+onnxruntime's MatMulNBits (accuracy_level 4, groups of 128); with --ggml, the folder of libggml-cpu.so, ggml_mul_mat (one graph of all copies, so that its threads start once).
+model: prompts of 128 and 512 tokens and 64 generated ones, `lowbit` and llama-bench in turns (with --against, llama-bench on another file of the same model).
+attention: over whole sequences in bfloat16, causal, forward alone and with gradients, ours and torch's in turns.
 Quantiles 20, 50 and 80 of the rounds are appended to benchmarks/results/speed.jsonl with the commit.
 """
 
@@ -33,17 +34,19 @@ from lowbit.pipeline import recipes
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
 MEMORY = 160e6
+GGML = {"Q4_0": (2, 18, 32), "Q8_0": (8, 34, 32), "Q2_K": (10, 84, 256), "Q3_K": (11, 110, 256), "Q4_K": (12, 144, 256), "TQ2_0": (35, 66, 256)}  # ggml's number, bytes and weights of a block
 FORMATS = ("int8-sym-g128", "int4-asym-g128", "int4-sym-g64", "int3-asym-g64", "int2-asym-g64", "ternary", "nf4", "q4_0", "q4_k", "q2_k")
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--ort"]:
-        ort_child(*(int(value) for value in sys.argv[2:]))
+    if sys.argv[1:2] in (["--ort"], ["--ggml-child"]):
+        (ort_child if sys.argv[1] == "--ort" else ggml_child)(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["layers", "model", "attention", "random"])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--ggml", type=Path)
     parser.add_argument("--against")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--only")
@@ -73,7 +76,10 @@ def layers(a: argparse.Namespace) -> list[dict]:
         out, cols = (int(part) for part in shape.split("x"))
         for m in (1, 128):
             runs = contenders(out, cols, m, a.only)
-            others = {f"onnxruntime MatMulNBits {bits}": (Ort(out, cols, m, bits), out * cols * bits // 8) for bits in (4, 8)} if find_spec("onnxruntime") and find_spec("onnx") else {}
+            others = {f"onnxruntime MatMulNBits {bits}": (Child("--ort", out, cols, m, bits), out * cols * bits // 8) for bits in (4, 8)} if find_spec("onnxruntime") and find_spec("onnx") else {}
+            for name, (_, size, block) in GGML.items() if a.ggml else ():
+                if not a.only or a.only in name.lower():
+                    others[f"ggml_mul_mat {name}"] = Child("--ggml-child", out, cols, m, name, a.ggml), out * cols // block * size
             times: dict[str, list[float]] = {name: [] for name in (*runs, *others)}
             for _ in range(a.rounds + 1):
                 for name, (copies, work, _) in runs.items():
@@ -127,11 +133,11 @@ def contenders(out: int, cols: int, m: int, only: str | None) -> dict[str, tuple
     return runs
 
 
-class Ort:
-    """onnxruntime in a process of its own, whose threads then do not spin while others are timed. pass_(): seconds for one of the copies, the mean of all."""
+class Child:
+    """Another program in a process of its own, whose threads then do not spin while others are timed. pass_(): seconds for one of the copies, the mean of all."""
 
-    def __init__(self, out: int, cols: int, m: int, bits: int) -> None:
-        self.process = subprocess.Popen([sys.executable, __file__, "--ort", str(out), str(cols), str(m), str(bits), str(threads())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, *arguments: object) -> None:
+        self.process = subprocess.Popen([sys.executable, __file__, *map(str, arguments), str(threads())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def pass_(self) -> float:
         assert self.process.stdin and self.process.stdout
@@ -146,10 +152,52 @@ class Ort:
         self.process.wait()
 
 
-def ort_child(out: int, cols: int, m: int, bits: int, count: int) -> None:
+def ggml_child(out_: str, cols_: str, m_: str, name: str, folder: str, count: str) -> None:
+    import ctypes
+
+    out, cols, m = int(out_), int(cols_), int(m_)
+    base, cpu = (ctypes.CDLL(str(Path(folder) / f"libggml-{part}.so"), mode=ctypes.RTLD_GLOBAL) for part in ("base", "cpu"))
+    void, size, whole = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+
+    class Params(ctypes.Structure):
+        _fields_ = [("mem_size", size), ("mem_buffer", void), ("no_alloc", ctypes.c_bool)]
+
+    def function(library: ctypes.CDLL, name: str, result, *arguments):
+        found = getattr(library, name)
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    kind, bytes_, block = GGML[name]
+    copies = int(MEMORY / (out * cols // block * bytes_)) + 1
+    context = function(base, "ggml_init", void, Params)(Params(int(MEMORY * 1.5) + (copies + 2) * (m * (out + cols) * 4 + (1 << 16)) + (1 << 26), None, False))
+    new, data = function(base, "ggml_new_tensor_2d", void, void, ctypes.c_int, whole, whole), function(base, "ggml_get_data", void, void)
+    multiply, graph_of = function(base, "ggml_mul_mat", void, void, void, void), function(base, "ggml_new_graph_custom", void, void, size, ctypes.c_bool)
+    add = function(base, "ggml_build_forward_expand", None, void, void)
+    encode = function(base, "ggml_quantize_chunk", size, ctypes.c_int, void, void, whole, whole, whole, void)
+    run = function(cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, void, void, ctypes.c_int)
+    torch.manual_seed(0)
+    x, W = torch.randn(m, cols), torch.randn(out, cols) * 0.05
+    inputs, graph, first = new(context, 0, cols, m), graph_of(context, 2 * copies + 8, False), None
+    ctypes.memmove(data(inputs), x.data_ptr(), x.numel() * 4)
+    for _ in range(copies):
+        weights = new(context, kind, cols, out)
+        if first is None:
+            encode(kind, W.data_ptr(), data(weights), 0, out, cols, None)
+            first = weights
+        else:
+            ctypes.memmove(data(weights), data(first), out * cols // block * bytes_)
+        add(graph, multiply(context, weights, inputs))
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        run(context, graph, int(count))
+        print((time.perf_counter() - started) / copies, flush=True)
+
+
+def ort_child(*arguments: str) -> None:
     import numpy as np
     import onnxruntime
 
+    out, cols, m, bits, count = map(int, arguments)
     onnxruntime.set_global_thread_pool_sizes(count, 1)
     model = ort_model(out, cols, bits)
     options = onnxruntime.SessionOptions()

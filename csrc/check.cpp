@@ -100,6 +100,34 @@ void steps(const std::string& isa) {
         k->attend(w.data(), a.data(), b.data(), n, row, 0.3f, 0, scores.data(), out.data()), p->attend(w.data(), a.data(), b.data(), n, row, 0.3f, 0, other.data(), expected.data());
         near(out, expected, "attend over a rounded cache differs");
     }
+    // Queries together against one by one: the tokens from `position` on, with and without a window.
+    for (int64_t window : {0, 20})
+        for (float cap : {0.f, 3.f}) {
+            const int64_t m = 37, position = n - m;
+            std::vector<float> together(size_t(m * dim)), alone(together.size()), scratch(static_cast<size_t>(attend_scratch(dim)));
+            const uint8_t *a = reinterpret_cast<const uint8_t*>(keys.data()), *b = reinterpret_cast<const uint8_t*>(values.data());
+            k->attend_many(w.data(), dim, m, position, window, a, b, half, 0.3f, cap, scratch.data(), together.data(), dim);
+            for (int64_t i = 0; i < m; i++) {
+                const int64_t from = window ? position + i - window + 1 : 0;
+                p->attend(w.data() + i * dim, a + from * half.bytes(), b + from * half.bytes(), position + i + 1 - from, half, 0.3f, cap, other.data(), alone.data() + i * dim);
+            }
+            near(together, alone, "attend_many differs");
+        }
+    for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
+        std::vector<uint32_t> words(size_t(5 * 4 * bits));
+        for (auto& word : words) word = uint32_t(random());
+        Coded c;
+        c.rows = 5, c.cols = 128, c.group = 64, c.row_words = 4 * bits, c.bits = bits, c.words = words.data(), c.scales = x.data();
+        for (int i = 0; i < 256; i++) c.table[i] = w[size_t(i)];
+        for (const float* zeros : {static_cast<const float*>(nullptr), static_cast<const float*>(w.data())}) {
+            c.zeros = zeros;
+            std::vector<float> a(640), b(640);
+            std::vector<uint16_t> c16(640), d16(640);
+            k->decode(c, 0, 5, a.data(), false), p->decode(c, 0, 5, b.data(), false);
+            k->decode(c, 0, 5, c16.data(), true), p->decode(c, 0, 5, d16.data(), true);
+            expect(a == b && c16 == d16, "decode differs", isa, bits, 0, 0);
+        }
+    }
     for (Real type : {Real::f32, Real::f16}) {
         Dense d{n, dim, type, type == Real::f32 ? static_cast<const void*>(x.data()) : keys.data()};
         std::vector<float> a(size_t(5 * n)), b(size_t(5 * n));

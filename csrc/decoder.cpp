@@ -1,5 +1,7 @@
 #include "decoder.h"
 
+#include "bf16.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -8,6 +10,10 @@
 namespace lowbit {
 
 constexpr int64_t MANY = 8;  // tokens from which on attention goes by blocks of queries
+
+bool takes_bf16(const Kernels* kernels, const Dense& w, int64_t m) {
+    return m >= MANY && w.type == Real::bf16 && w.cols % 32 == 0 && std::strcmp(kernels->name, "avx512") == 0 && bf16_supported();
+}
 
 struct Decoder::Scratch {
     std::vector<uint8_t> panel;
@@ -29,49 +35,79 @@ Decoder::Decoder(const Shape& shape, int64_t context, int threads, const Kernels
 
 int64_t Decoder::cache_bytes() const { return int64_t(blocks.size()) * 2 * shape_.kv_heads * context_ * row_.bytes(); }
 
-void Decoder::forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all, int64_t slot) {
-    const Shape& s = shape_;
+void Decoder::open(int64_t slot) {
     if (int64_t(caches_.size()) <= slot) caches_.resize(size_t(slot + 1));
-    cache_ = &caches_[size_t(slot)];
-    while (cache_->keys.size() < blocks.size()) {
-        cache_->keys.push_back(allocate(s.kv_heads * context_ * row_.bytes()));
-        cache_->values.push_back(allocate(s.kv_heads * context_ * row_.bytes()));
+    Cache& cache = caches_[size_t(slot)];
+    while (cache.keys.size() < blocks.size()) {
+        cache.keys.push_back(allocate(shape_.kv_heads * context_ * row_.bytes()));
+        cache.values.push_back(allocate(shape_.kv_heads * context_ * row_.bytes()));
     }
-    const int64_t rows = std::min(n, CHUNK), wide = std::max({s.hidden, s.heads * s.head_dim, s.ffn});
+}
+
+// Room for so many tokens at once, of texts of at most this length.
+void Decoder::prepare(int64_t rows, int64_t length) {
+    const Shape& s = shape_;
+    const int64_t wide = std::max({s.hidden, s.heads * s.head_dim, s.ffn});
     const int64_t qkv = (s.heads + 2 * s.kv_heads) * s.head_dim;
     auto grow = [](auto& buffer, int64_t size) { if (int64_t(buffer.size()) < size) buffer.resize(size_t(size)); };
     grow(x_, rows * s.hidden), grow(qkv_, rows * qkv), grow(attended_, rows * s.heads * s.head_dim), grow(hidden_, rows * 2 * s.ffn), grow(normed_, rows * s.hidden);
-    grow(codes_, rows * wide), grow(scales_, rows * wide / 8), grow(sums_, rows * wide / 8);
+    grow(codes_, rows * wide), grow(halves_, rows >= MANY && bf16_supported() ? rows * wide : 0), grow(scales_, rows * wide / 8), grow(sums_, rows * wide / 8);
     while (int(scratch_.size()) < threads_) scratch_.push_back(std::make_shared<Scratch>());
-    for (auto& scratch : scratch_) grow(scratch->panel, panel_bytes(rows)), grow(scratch->scores, std::max(start + n, attend_scratch(s.head_dim)));
+    for (auto& scratch : scratch_) grow(scratch->panel, std::max(panel_bytes(rows), dense_scratch(wide, rows))), grow(scratch->scores, std::max(length, attend_scratch(s.head_dim)));
+}
+
+void Decoder::forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all, int64_t slot) {
+    open(slot);
+    prepare(std::min(n, CHUNK), start + n);
     for (int64_t done = 0; done < n; done += CHUNK) {
         const int64_t count = std::min(CHUNK, n - done);
-        chunk(tokens + done, count, start + done, all ? logits + done * s.vocabulary : logits, done + count == n, all);
+        chunk({tokens + done, count, start + done, slot}, all ? logits + done * shape_.vocabulary : logits, done + count == n, all);
     }
+}
+
+void Decoder::forward_many(const int64_t* tokens, const int64_t* positions, const int64_t* slots, int64_t n, float* logits) {
+    for (int64_t i = 0; i < n; i++) open(slots[i]);
+    prepare(std::min(n, CHUNK), *std::max_element(positions, positions + n) + 1);
+    for (int64_t done = 0; done < n; done += CHUNK)
+        chunk({tokens + done, std::min(CHUNK, n - done), 0, 0, positions + done, slots + done}, logits + done * shape_.vocabulary, true, true);
 }
 
 // y = x W^T (+ bias), or y += it. All threads take part; the outputs are whole after the barrier at the end.
 void Decoder::linear(Worker& w, const Linear& of, const float* x, int64_t stride, int64_t n, float* y, int64_t y_stride, bool add) {
     int64_t offset = 0, rounded = 0;
+    const int32_t* order = nullptr;
+    bool halved = false;
     for (const Linear::Part& part : of.parts) {
         if (part.packed) {
             Inputs in{part.matrix.cols, part.matrix.block, codes_.data(), scales_.data(), sums_.data()};
-            if (rounded != in.block) {
+            if (rounded != in.block || order != part.matrix.order) {
                 if (rounded) barrier_.wait(w.count);  // the others may still read
                 const int64_t blocks = in.cols / in.block;
+                order = part.matrix.order;
                 if (n >= w.count) {
                     auto [first, last] = w.share(n);
-                    k_->round(x + first * stride, stride, last - first, {in.cols, in.block, in.codes + first * in.cols, in.scales + first * blocks, in.sums + first * blocks});
+                    k_->round(x + first * stride, stride, last - first, {in.cols, in.block, in.codes + first * in.cols, in.scales + first * blocks, in.sums + first * blocks, order});
                 } else {
                     auto [first, last] = w.share(blocks);
+                    const int64_t column = first * in.block;
                     for (int64_t i = 0; i < n; i++)
-                        k_->round(x + i * stride + first * in.block, 0, 1, {(last - first) * in.block, in.block, in.codes + i * in.cols + first * in.block, in.scales + i * blocks + first, in.sums + i * blocks + first});
+                        k_->round(x + i * stride + (order ? 0 : column), 0, 1,
+                                  {(last - first) * in.block, in.block, in.codes + i * in.cols + column, in.scales + i * blocks + first, in.sums + i * blocks + first, order ? order + column : nullptr});
                 }
                 rounded = in.block;
                 barrier_.wait(w.count);
             }
             auto [first, last] = w.share(part.matrix.tiles(), 4);
             k_->matmul(part.matrix, in, n, y + offset, y_stride, add, first, last, w.scratch.panel.data());
+        } else if (takes_bf16(k_, part.dense, n)) {
+            auto [from, to] = w.share(n);
+            if (!halved) {
+                for (int64_t i = from; i < to; i++) to_bf16(x + i * stride, halves_.data() + i * part.dense.cols, part.dense.cols);
+                halved = true;
+                barrier_.wait(w.count);
+            }
+            auto [first, last] = w.share(part.dense.rows, 64);
+            dense_bf16(part.dense, halves_.data(), n, y + offset, y_stride, add, first, last, w.scratch.panel.data());
         } else {
             auto [first, last] = w.share(part.dense.rows, 16);
             k_->dense(part.dense, x, stride, n, y + offset, y_stride, add, first, last);
@@ -87,11 +123,11 @@ void Decoder::linear(Worker& w, const Linear& of, const float* x, int64_t stride
     }
 }
 
-void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start) {
+void Decoder::attention(Worker& w, const Block& block, int64_t index, const Step& step) {
     const Shape& s = shape_;
-    const int64_t d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d, group = s.heads / s.kv_heads;
-    uint8_t* keys = cache_->keys[size_t(index)].get();
-    uint8_t* values = cache_->values[size_t(index)].get();
+    const int64_t n = step.n, d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d, group = s.heads / s.kv_heads;
+    auto keys = [&](int64_t i) { return caches_[size_t(step.text(i))].keys[size_t(index)].get(); };
+    auto values = [&](int64_t i) { return caches_[size_t(step.text(i))].values[size_t(index)].get(); };
     if (block.q_norm && s.norm_all) {
         auto [first, last] = w.share(n);
         for (int64_t i = first; i < last; i++) {
@@ -103,24 +139,24 @@ void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n,
     }
     auto prepare = [&](float* head, const float* norm, int64_t i) {
         if (norm && !s.norm_all) k_->rms_norm(head, norm, s.eps, d, head);
-        if (block.rope >= 0) k_->rope(head, ropes[size_t(block.rope)].cosine + (start + i) * s.rope_half, ropes[size_t(block.rope)].sine + (start + i) * s.rope_half, s.rope_half);
+        if (block.rope >= 0) k_->rope(head, ropes[size_t(block.rope)].cosine + step.position(i) * s.rope_half, ropes[size_t(block.rope)].sine + step.position(i) * s.rope_half, s.rope_half);
     };
     auto [first, last] = w.share(n * s.kv_heads);
     for (int64_t job = first; job < last; job++) {  // keys and values go into the cache
-        const int64_t i = job / s.kv_heads, h = job % s.kv_heads, place = (h * context_ + start + i) * row_.bytes();
+        const int64_t i = job / s.kv_heads, h = job % s.kv_heads, place = (h * context_ + step.position(i)) * row_.bytes();
         float* key = qkv_.data() + i * width + (s.heads + h) * d;
         prepare(key, block.k_norm, i);
-        k_->keep(key, row_, keys + place);
-        k_->keep(key + s.kv_heads * d, row_, values + place);
+        k_->keep(key, row_, keys(i) + place);
+        k_->keep(key + s.kv_heads * d, row_, values(i) + place);
     }
-    if (n >= MANY && d % 16 == 0) {
+    if (n >= MANY && d % 16 == 0 && !step.positions) {
         auto [from, to] = w.share(n * s.heads);
         for (int64_t job = from; job < to; job++) prepare(qkv_.data() + job / s.heads * width + job % s.heads * d, block.q_norm, job / s.heads);
         barrier_.wait(w.count);
         // Late tokens see more than early ones: every thread takes each count-th piece.
         for (int64_t job = w.id; job < (n + QUERIES - 1) / QUERIES * s.heads; job += w.count) {
             const int64_t i = job / s.heads * QUERIES, h = job % s.heads, place = h / group * context_ * row_.bytes();
-            k_->attend_many(qkv_.data() + i * width + h * d, width, std::min(QUERIES, n - i), start + i, block.window, keys + place, values + place, row_, s.attention_scale, s.attention_cap,
+            k_->attend_many(qkv_.data() + i * width + h * d, width, std::min(QUERIES, n - i), step.position(i), block.window, keys(i) + place, values(i) + place, row_, s.attention_scale, s.attention_cap,
                             w.scratch.scores.data(), attended_.data() + i * s.heads * d + h * d, s.heads * d);
         }
         barrier_.wait(w.count);
@@ -128,19 +164,19 @@ void Decoder::attention(Worker& w, const Block& block, int64_t index, int64_t n,
     }
     barrier_.wait(w.count);
     for (int64_t job = w.id; job < n * s.heads; job += w.count) {
-        const int64_t i = job / s.heads, h = job % s.heads, position = start + i;
+        const int64_t i = job / s.heads, h = job % s.heads, position = step.position(i);
         const int64_t from = block.window > 0 ? std::max<int64_t>(0, position - block.window + 1) : 0;
         float* q = qkv_.data() + i * width + h * d;
         prepare(q, block.q_norm, i);
         const int64_t place = (h / group * context_ + from) * row_.bytes();
-        k_->attend(q, keys + place, values + place, position + 1 - from, row_, s.attention_scale, s.attention_cap, w.scratch.scores.data(), attended_.data() + i * s.heads * d + h * d);
+        k_->attend(q, keys(i) + place, values(i) + place, position + 1 - from, row_, s.attention_scale, s.attention_cap, w.scratch.scores.data(), attended_.data() + i * s.heads * d + h * d);
     }
     barrier_.wait(w.count);
 }
 
-void Decoder::layer(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start) {
+void Decoder::layer(Worker& w, const Block& block, int64_t index, const Step& step) {
     const Shape& s = shape_;
-    const int64_t h = s.hidden;
+    const int64_t n = step.n, h = s.hidden;
     auto normed = [&](const float* norm, const float* x, float* y) {
         auto [first, last] = w.share(n);
         for (int64_t i = first; i < last; i++) k_->rms_norm(x + i * h, norm, s.eps, h, y + i * h);
@@ -163,7 +199,7 @@ void Decoder::layer(Worker& w, const Block& block, int64_t index, int64_t n, int
     const float* x = x_.data();
     if (block.input_norm) normed(block.input_norm, x, normed_.data()), x = normed_.data();
     linear(w, block.qkv, x, h, n, qkv_.data(), (s.heads + 2 * s.kv_heads) * s.head_dim, false);
-    attention(w, block, index, n, start);
+    attention(w, block, index, step);
     output(block.o, attended_.data(), s.heads * s.head_dim, block.attention_norm);
     x = x_.data();
     if (block.ffn_norm) normed(block.ffn_norm, x, normed_.data()), x = normed_.data();
@@ -177,8 +213,9 @@ void Decoder::layer(Worker& w, const Block& block, int64_t index, int64_t n, int
     output(block.down, hidden_.data(), 2 * s.ffn, block.output_norm);
 }
 
-void Decoder::chunk(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool last, bool all) {
+void Decoder::chunk(const Step& step, float* logits, bool last, bool all) {
     const Shape& s = shape_;
+    const int64_t n = step.n, *tokens = step.tokens;
     parallel(threads_, [&](int id, int count) {
         Worker w{id, count, *scratch_[size_t(id)]};
         const Linear::Part& table = embedding.parts[0];
@@ -197,7 +234,7 @@ void Decoder::chunk(const int64_t* tokens, int64_t n, int64_t start, float* logi
                 for (int64_t k = 0; k < s.hidden; k++) x[k] *= s.embedding_scale;
         }
         barrier_.wait(count);
-        for (size_t b = 0; b < blocks.size(); b++) layer(w, blocks[b], int64_t(b), n, start);
+        for (size_t b = 0; b < blocks.size(); b++) layer(w, blocks[b], int64_t(b), step);
         if (!last && !all) return;
         const int64_t from = all ? 0 : n - 1, rows = n - from;
         auto [f, l] = w.share(rows);

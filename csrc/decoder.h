@@ -44,6 +44,9 @@ struct Shape {
     int64_t rope_half = 0;  // pairs that are turned
 };
 
+// Whether rows of bfloat16 weights are multiplied with m rows of inputs in bfloat16.
+bool takes_bf16(const Kernels* kernels, const Dense& w, int64_t m);
+
 class Decoder {
   public:
     // cache_bits: of a number of the cache, 16, 8 or 4.
@@ -59,6 +62,8 @@ class Decoder {
 
     // The tokens at positions start, start + 1, ... of one text; logits of the last, or of every one with all: [1 or n][vocabulary]. Texts (slot 0, 1, ...) have a cache each.
     void forward(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool all, int64_t slot);
+    // One token each of n texts, at their own positions; logits [n][vocabulary]. The slots differ.
+    void forward_many(const int64_t* tokens, const int64_t* positions, const int64_t* slots, int64_t n, float* logits);
     int64_t context() const { return context_; }
     int64_t cache_bytes() const;
     const Shape& shape() const { return shape_; }
@@ -67,9 +72,19 @@ class Decoder {
 
   private:
     struct Worker;
-    void chunk(const int64_t* tokens, int64_t n, int64_t start, float* logits, bool last, bool all);
-    void layer(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start);
-    void attention(Worker& w, const Block& block, int64_t index, int64_t n, int64_t start);
+    // Tokens that are computed together: of one text from position start on, or each of a text of its own.
+    struct Step {
+        const int64_t* tokens;
+        int64_t n, start = 0, slot = 0;
+        const int64_t *positions = nullptr, *slots = nullptr;
+        int64_t position(int64_t i) const { return positions ? positions[i] : start + i; }
+        int64_t text(int64_t i) const { return slots ? slots[i] : slot; }
+    };
+    void prepare(int64_t rows, int64_t length);
+    void open(int64_t slot);
+    void chunk(const Step& step, float* logits, bool last, bool all);
+    void layer(Worker& w, const Block& block, int64_t index, const Step& step);
+    void attention(Worker& w, const Block& block, int64_t index, const Step& step);
     void linear(Worker& w, const Linear& of, const float* x, int64_t stride, int64_t n, float* y, int64_t y_stride, bool add);
 
     Shape shape_;
@@ -82,11 +97,11 @@ class Decoder {
         std::vector<Memory> keys, values;  // of each block, [kv head][context] rows
     };
     std::vector<Cache> caches_;
-    Cache* cache_ = nullptr;  // of the text that is being read
     std::vector<float> x_, qkv_, attended_, hidden_, normed_;
     struct Scratch;
     std::vector<std::shared_ptr<Scratch>> scratch_;
     std::vector<int8_t> codes_;
+    std::vector<uint16_t> halves_;
     std::vector<float> scales_, sums_;
 };
 

@@ -33,6 +33,7 @@ struct Matrix {
     float zero = 0;
     alignas(16) uint8_t table[2][16] = {};
     const uint8_t* data = nullptr;
+    const int32_t* order = nullptr;  // [cols]: column k of the layout reads input order[k] (GPTQ's act-order); null: input k
 
     int64_t tiles() const { return (rows + ROWS - 1) / ROWS; }
     int64_t groups() const { return cols / group; }
@@ -50,6 +51,7 @@ struct Inputs {
     int8_t* codes = nullptr;   // [m][cols]
     float* scales = nullptr;   // [m][cols / block]
     float* sums = nullptr;     // [m][cols / block], of the codes
+    const int32_t* order = nullptr;  // as the matrix's: which input is rounded into column k
 };
 
 // Rows of 16-bit or 32-bit numbers as they lie in a checkpoint.

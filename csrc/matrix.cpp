@@ -183,7 +183,7 @@ void unpack_row(const Matrix& w, int64_t row, float* out) {
         const int code = codes[k];
         const float value = w.tables == 0 ? float(code) : w.tables == 1 ? float(w.table[0][code]) : float(w.table[0][code] * 256 + w.table[1][code]);
         const float zero = zeros[k / w.group], scale = scales[k / w.group];
-        out[k] = w.zeros == Zeros::minima ? value * scale - zero : (value - zero) * scale;
+        out[w.order ? w.order[k] : k] = w.zeros == Zeros::minima ? value * scale - zero : (value - zero) * scale;
     }
 }
 

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "attention.h"
+#include "bf16.h"
 #include "decoder.h"
 
 namespace nb = nanobind;
@@ -40,7 +40,9 @@ struct Packed {
     Matrix matrix;
     Memory memory;
 
-    Packed(int64_t rows, int64_t cols, int bits, int64_t group, int scales, int zeros, float zero, std::optional<std::vector<int>> table) {
+    std::vector<int32_t> order;
+
+    Packed(int64_t rows, int64_t cols, int bits, int64_t group, int scales, int zeros, float zero, std::optional<std::vector<int>> table, std::optional<Array1<int32_t>> inputs) {
         require(rows > 0 && cols > 0, "rows and cols must be positive");
         require(bits >= 1 && bits <= 8 && bits != 7, "bits must be 1, 2, 3, 4, 5, 6 or 8");
         require(group > 0 && cols % group == 0, "group must divide cols");
@@ -53,6 +55,17 @@ struct Packed {
             require(bits == 4 && (table->size() == 16 || table->size() == 32), "a table has 16 values of one byte, or twice 16 (high bytes, low bytes), for codes of 4 bits");
             matrix.tables = int(table->size() / 16);
             for (size_t i = 0; i < table->size(); i++) matrix.table[i / 16][i % 16] = uint8_t((*table)[i]);
+        }
+        if (inputs) {
+            std::vector<bool> met(size_t(cols), false);
+            require(int64_t(inputs->shape(0)) == cols, "order has a number for each column");
+            for (int64_t k = 0; k < cols; k++) {
+                const int32_t at = inputs->data()[k];
+                require(at >= 0 && at < cols && !met[size_t(at)], "order holds each column once");
+                met[size_t(at)] = true;
+            }
+            order.assign(inputs->data(), inputs->data() + cols);
+            matrix.order = order.data();
         }
         memory = allocate(matrix.bytes());
         matrix.data = memory.get();
@@ -90,7 +103,7 @@ Inputs inputs(Buffers& b, const Matrix& w, int64_t m) {
     const int64_t blocks = w.cols / w.block;
     if (int64_t(b.codes.size()) < m * w.cols) b.codes.resize(size_t(m * w.cols));
     if (int64_t(b.scales.size()) < m * blocks) b.scales.resize(size_t(m * blocks)), b.sums.resize(size_t(m * blocks));
-    return {w.cols, w.block, b.codes.data(), b.scales.data(), b.sums.data()};
+    return {w.cols, w.block, b.codes.data(), b.scales.data(), b.sums.data(), w.order};
 }
 
 constexpr int64_t AT_ONCE = 512;  // rows of inputs
@@ -112,9 +125,9 @@ void matmul(const Packed& w, Array2<float> x, Out2<float> y, int threads, const 
             if (int64_t(panel.size()) < panel_bytes(n)) panel.resize(size_t(panel_bytes(n)));
             if (n >= count) {
                 const int64_t a = n * id / count, b = n * (id + 1) / count;
-                k->round(x.data() + (done + a) * cols, cols, b - a, {cols, in.block, in.codes + a * cols, in.scales + a * blocks, in.sums + a * blocks});
+                k->round(x.data() + (done + a) * cols, cols, b - a, {cols, in.block, in.codes + a * cols, in.scales + a * blocks, in.sums + a * blocks, in.order});
             } else if (id < n) {
-                k->round(x.data() + (done + id) * cols, cols, 1, {cols, in.block, in.codes + id * cols, in.scales + id * blocks, in.sums + id * blocks});
+                k->round(x.data() + (done + id) * cols, cols, 1, {cols, in.block, in.codes + id * cols, in.scales + id * blocks, in.sums + id * blocks, in.order});
             }
             barrier.wait(count);
             const int64_t pieces = (w.matrix.tiles() + 3) / 4, tiles = w.matrix.tiles();
@@ -137,6 +150,16 @@ void dense_matmul(const DenseRows& w, Array2<float> x, Out2<float> y, int thread
     const int64_t m = int64_t(x.shape(0));
     require(int64_t(x.shape(1)) == w.dense.cols && int64_t(y.shape(0)) == m && int64_t(y.shape(1)) == w.dense.rows, "x is [m, cols] and y [m, rows]");
     nb::gil_scoped_release release;
+    if (takes_bf16(k, w.dense, m)) {
+        std::vector<uint16_t> halves(size_t(m * w.dense.cols));
+        to_bf16(x.data(), halves.data(), m * w.dense.cols);
+        parallel(threads, [&](int id, int count) {
+            const int64_t pieces = (w.dense.rows + 63) / 64;
+            const Memory scratch = allocate(dense_scratch(w.dense.cols, m));
+            dense_bf16(w.dense, halves.data(), m, y.data(), w.dense.rows, false, pieces * id / count * 64, std::min(w.dense.rows, pieces * (id + 1) / count * 64), scratch.get());
+        });
+        return;
+    }
     parallel(threads, [&](int id, int count) {
         const int64_t pieces = (w.dense.rows + 15) / 16;
         k->dense(w.dense, x.data(), w.dense.cols, m, y.data(), w.dense.rows, false, std::min(w.dense.rows, pieces * id / count * 16), std::min(w.dense.rows, pieces * (id + 1) / count * 16));
@@ -205,7 +228,7 @@ struct AttentionCall {
     float* lse;
 
     AttentionCall(const Half4& q_, const Half4& k_, const Half4& v_, const Half4& out_, nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>& lse_, float scale, bool causal) {
-        require(attention_supported(), "this needs a processor with AVX-512 BF16");
+        require(bf16_supported(), "this needs a processor with AVX-512 BF16");
         a = {int64_t(q_.shape(0)), int64_t(q_.shape(1)), 1, int64_t(q_.shape(2)), int64_t(k_.shape(2)), int64_t(q_.shape(3)), scale, causal};
         const int64_t kv_heads = int64_t(k_.shape(1));
         require(a.batch > 0 && a.heads > 0 && kv_heads > 0 && a.queries > 0 && a.keys > 0 && a.heads % kv_heads == 0, "sizes must be positive, and the heads of keys divide those of queries");
@@ -232,7 +255,8 @@ NB_MODULE(_native, m) {
     m.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads are used: openmp (the runtime that is loaded already) or own.");
     m.def("largest_block", &largest_block, "bits"_a, "group"_a);
     nb::class_<Packed>(m, "Packed", "A matrix [rows, cols] of codes in groups, in the kernels' layout.")
-        .def(nb::init<int64_t, int64_t, int, int64_t, int, int, float, std::optional<std::vector<int>>>(), "rows"_a, "cols"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a, "zero"_a, "table"_a.none())
+        .def(nb::init<int64_t, int64_t, int, int64_t, int, int, float, std::optional<std::vector<int>>, std::optional<Array1<int32_t>>>(), "rows"_a, "cols"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a,
+             "zero"_a, "table"_a.none(), "order"_a.none() = nb::none())
         .def("fill", &Packed::fill, "first"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "threads"_a = 1)
         .def("row", &Packed::row, "index"_a, "out"_a)
         .def_prop_ro("nbytes", [](const Packed& p) { return p.matrix.bytes(); })
@@ -252,7 +276,7 @@ NB_MODULE(_native, m) {
 
     m.def("decode", &decode, "words"_a, "bits"_a, "table"_a, "scales"_a, "zeros"_a.none(), "out"_a, "threads"_a, "isa"_a = "");
     using Lse = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-    m.def("attention_supported", &attention_supported, "Whether this processor runs attention and attention_backward.");
+    m.def("attention_supported", &bf16_supported, "Whether this processor runs attention and attention_backward.");
     m.def("attention", [](Half4 q, Half4 k, Half4 v, Half4 out, Lse lse, float scale, bool causal, int threads) {
         const AttentionCall c(q, k, v, out, lse, scale, causal);
         nb::gil_scoped_release release;
@@ -320,6 +344,19 @@ NB_MODULE(_native, m) {
             nb::gil_scoped_release release;
             d.forward(tokens.data(), n, start, logits.data(), all, slot);
         }, "tokens"_a, "start"_a, "logits"_a, "all"_a = false, "slot"_a = 0)
+        .def("forward_many", [](Decoder& d, Array1<int64_t> tokens, Array1<int64_t> positions, Array1<int64_t> slots, Out2<float> logits) {
+            const int64_t n = int64_t(tokens.shape(0)), *slot = slots.data();
+            require(n > 0 && int64_t(positions.shape(0)) == n && int64_t(slots.shape(0)) == n, "tokens, positions and slots are as many");
+            require(int64_t(logits.shape(0)) == n && int64_t(logits.shape(1)) == d.shape().vocabulary, "logits are [n, vocabulary]");
+            require(d.final_norm != nullptr && !d.blocks.empty(), "the decoder is not complete");
+            for (int64_t i = 0; i < n; i++) {
+                require(tokens.data()[i] >= 0 && tokens.data()[i] < d.shape().vocabulary, "a token is out of the vocabulary");
+                require(positions.data()[i] >= 0 && positions.data()[i] < d.context(), "positions are out of the context");
+                require(slot[i] >= 0 && slot[i] < 1024 && std::find(slot, slot + i, slot[i]) == slot + i, "slots are different numbers from 0 to 1023");
+            }
+            nb::gil_scoped_release release;
+            d.forward_many(tokens.data(), positions.data(), slot, n, logits.data());
+        }, "tokens"_a, "positions"_a, "slots"_a, "logits"_a)
         .def_prop_ro("context", &Decoder::context)
         .def_prop_ro("cache_bytes", &Decoder::cache_bytes);
 }

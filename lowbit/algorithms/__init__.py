@@ -59,7 +59,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         (INT,),
         False,
         "rounding and ranges of a block learned by sign descent on its output; needs calibration text",
-        "hours where GPTQ takes minutes",
+        "some fifteen times GPTQ's",
         "block",
     ),
     "ldlq": Algorithm(
@@ -78,7 +78,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         tuple(additive.KINDS),
         False,
         "additive codebooks: vectors of 8 weights as sums of codebook entries, codes and codebooks fitted in turn; needs calibration text",
-        "some ten times GPTQ's",
+        "some seven times GPTQ's",
     ),
 }
 

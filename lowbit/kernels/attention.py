@@ -1,4 +1,4 @@
-"""Attention over whole sequences in bfloat16 on the processor, with gradients (csrc/attention.cpp).
+"""Attention over whole sequences in bfloat16 on the processor, with gradients (csrc/bf16.cpp).
 
 Dao et al., "FlashAttention", arXiv:2205.14135. torch's own takes several times as long on processors with AVX-512 BF16 (docs/runtime.md); elsewhere torch's is used.
 """

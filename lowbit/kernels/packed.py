@@ -114,18 +114,29 @@ def _table_values(name: str) -> list[float]:
 def pack(qt: QuantizedTensor) -> PackedMatrix:
     """The matrix in the kernels' layout. FormatError for formats that the kernels do not take, and for groups that are no multiple of 8 columns."""
     plan, (rows, cols) = plan_of(qt.scheme), qt.shape
-    if plan is None or qt.scheme.outliers is not None or "g_idx" in qt.parts:
+    if plan is None or qt.scheme.outliers is not None:
         raise FormatError(f"{qt.scheme.name} is not among the formats of the native kernels.")
-    group = group_of(qt)
+    order, group = order_of(qt), group_of(qt)
     module = native()
     bits = next((width for width in WIDER[plan.bits] if module.largest_block(width, group)), 0)
     if not bits:
         raise FormatError(f"groups of {group} of {cols} columns are no multiple of 8, which the native kernels need.")
     dtype = scale_dtype_of(qt)
-    held = module.Packed(rows, cols, bits, group, REALS[dtype], plan.kind, plan.zero, None if plan.table is None else list(plan.table))
-    for first, codes, scale, zero in chunks_of(qt, plan, group):
+    held = module.Packed(rows, cols, bits, group, REALS[dtype], plan.kind, plan.zero, None if plan.table is None else list(plan.table), None if order is None else order.int().numpy())
+    for first, codes, scale, zero in chunks_of(qt, plan, group, order):
         held.fill(first, codes.numpy(), scale.numpy(), None if zero is None else zero.numpy(), threads())
     return PackedMatrix(held, qt.shape)
+
+
+def order_of(qt: QuantizedTensor) -> Tensor | None:
+    """The columns, group by group, of a matrix whose groups are of any columns (GPTQ's act-order), int64 [cols]; None: they are neighbours. FormatError where groups are of different sizes."""
+    if "g_idx" not in qt.parts:
+        return None
+    index = qt.parts["g_idx"].long()
+    counts = torch.bincount(index, minlength=qt.scheme.groups(qt.shape[1]))
+    if bool((counts != qt.scheme.group_size).any()):
+        raise FormatError("its groups are of different sizes, which the native kernels do not take.")
+    return torch.argsort(index, stable=True)
 
 
 def group_of(qt: QuantizedTensor) -> int:
@@ -149,13 +160,14 @@ def scale_dtype_of(qt: QuantizedTensor) -> torch.dtype:
     return torch.float32
 
 
-def chunks_of(qt: QuantizedTensor, plan: Plan, group: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+def chunks_of(qt: QuantizedTensor, plan: Plan, group: int, order: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
     """(first row, codes uint8 [n, cols], scales float32 [n, groups], zero-points or minima or None) for runs of rows."""
     rows, cols = qt.shape
     step = max(16, CHUNK // cols // 16 * 16)
     for first in range(0, rows, step):
         count = min(step, rows - first)
         codes, scale, zero = _rows(qt, plan, slice(first, first + count), group)
+        codes = codes if order is None else codes[:, order]
         yield first, codes.contiguous(), (scale.float() * plan.factor).contiguous(), None if zero is None else zero.float().contiguous()
 
 

@@ -169,7 +169,10 @@ def _kernels() -> Check:
     if not found:
         return Check("kernels", None, f"in torch; the native extension is missing: {why_not()}", "Install a C++ compiler and lowbit again: models then run many times faster.")
     source = "torch's OpenMP threads" if native().thread_source() == "openmp" else "threads of their own"
-    return Check("kernels", True, f"native, {found[0]} (also built and usable here: {', '.join(found[1:])}), in {source}")
+    count = torch.get_num_threads()
+    others = f" (also built and usable here: {', '.join(found[1:])})" if len(found) > 1 else ""
+    attention = "native, AVX-512 BF16" if native().attention_supported() else "torch's (the native one needs AVX-512 BF16)"
+    return Check("kernels", True, f"native, {found[0]}{others}, {count} of {source}; attention in calibration and training: {attention}")
 
 
 def _consumers() -> list[Check]:

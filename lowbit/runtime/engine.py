@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..pipeline import resources
 from ..pipeline.load import load
 from ..pipeline.locate import load_tokenizer, locate
 from ..progress import SILENT, Progress
-from .decoder import open_native, why_not_native
+from .decoder import NativeModel, forward_many, open_native, why_not_native
 
 CONTEXT = 4096
 CACHES = {"fp16": 16, "int8": 8, "int4": 4}  # bits of keys and values
@@ -117,6 +117,17 @@ class Engine:
         logits = self.model.forward(tokens[known:], known)[-1]
         self.seen = list(tokens)
         return logits
+
+
+def feed_many(engines: list[Engine], texts: list[list[int]]) -> list[Tensor]:
+    """feed for several texts of one model (their engines are each other's `another`); where each has one more token than its cache, in one pass."""
+    models = [engine.model for engine in engines]
+    if len(engines) > 1 and all(isinstance(model, NativeModel) for model in models) and all(engine.seen == text[:-1] for engine, text in zip(engines, texts, strict=True)):
+        logits = forward_many(cast(list[NativeModel], models), [text[-1] for text in texts], [len(text) - 1 for text in texts])
+        for engine, text in zip(engines, texts, strict=True):
+            engine.seen, engine.reused = list(text), len(text) - 1
+        return list(logits)
+    return [engine.feed(text) for engine, text in zip(engines, texts, strict=True)]
 
 
 def open_model(

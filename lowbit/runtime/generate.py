@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +68,25 @@ class Text:
     cached_tokens: int = 0
 
 
-def generate(engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling(), max_tokens: int | None = None, stop: tuple[str, ...] = (), every_token: bool = False) -> Iterator[tuple[str, Text]]:
+def generate(engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling(), max_tokens: int | None = None, stop: tuple[str, ...] = ()) -> Iterator[tuple[str, Text]]:
     """Pieces of text as they are made, each with all that is known so far; the last piece has a finish. stop: words that end the text and are not part of it.
-
-    every_token: also empty pieces, where a token completes no character.
 
     Raises RecipeError where the prompt leaves no room in the context.
     """
+    steps = write(engine, prompt, sampling=sampling, max_tokens=max_tokens, stop=stop)
+    found: list[int] | tuple[str, Text] | None = next(steps)
+    while found is not None:
+        if isinstance(found, list):
+            found = steps.send(engine.feed(found))
+        else:
+            yield found
+            found = next(steps, None)
+
+
+def write(
+    engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling(), max_tokens: int | None = None, stop: tuple[str, ...] = ()
+) -> Generator[list[int] | tuple[str, Text], torch.Tensor | None, None]:
+    """What generate does, with the model left to the caller: yields the tokens whose logits it needs, which are sent to it, and pieces as generate does."""
     room = engine.context - len(prompt)
     if not prompt:
         raise RecipeError("the prompt is empty: there is nothing to continue.")
@@ -89,10 +101,11 @@ def generate(engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling
     stream = DecodeStream(skip_special_tokens=True)
     made, held, tokens = Text(len(prompt), []), "", list(prompt)
     started = time.perf_counter()
-    logits = engine.feed(tokens)
+    logits = yield tokens
     made.prefill_seconds, made.cached_tokens = time.perf_counter() - started, engine.reused
     started = time.perf_counter()
     while True:
+        assert logits is not None
         token = _choose(logits, tokens, sampling, processors, generator)
         if token in engine.stops:
             made.finish = "stop"
@@ -109,11 +122,11 @@ def generate(engine: Engine, prompt: list[int], *, sampling: Sampling = Sampling
         ready = held if made.finish else held[: len(held) - _overlap(held, stop)]
         held = held[len(ready) :]
         made.text += ready
-        if ready or made.finish or every_token:
+        if ready or made.finish:
             yield ready, made
         if made.finish:
             return
-        logits = engine.feed(tokens)
+        logits = yield tokens
 
 
 def _choose(logits: torch.Tensor, tokens: list[int], sampling: Sampling, processors: LogitsProcessorList, generator: torch.Generator) -> int:

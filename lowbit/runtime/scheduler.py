@@ -1,4 +1,4 @@
-"""Several texts at once from one model: each has a cache of its own, and they take turns, one token each."""
+"""Several texts at once from one model: each has a cache of its own, and all get their next token in one pass over the weights; between passes one new prompt is read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .engine import Engine
-from .generate import Sampling, Text, generate
+from torch import Tensor
+
+from .engine import Engine, feed_many
+from .generate import Sampling, Text, write
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One request. tell: is called in the scheduler's thread with each piece and all so far, or with an exception. cancel: stop at the next token."""
 
@@ -23,7 +25,9 @@ class Job:
     tell: Callable[[str, Text | None, BaseException | None], None]
     cancelled: bool = False
     slot: int = -1
-    pieces: Any = field(default=None, repr=False)
+    steps: Any = field(default=None, repr=False)
+    needs: list[int] = field(default_factory=list, repr=False)
+    begun: bool = False
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -35,7 +39,7 @@ class Scheduler:
     def __init__(self, engine: Engine, slots: int) -> None:
         self.engines = [engine, *(engine.another(slot) for slot in range(1, slots))]
         self.waiting: deque[Job] = deque()
-        self.running: deque[Job] = deque()
+        self.running: list[Job] = []
         self._free = list(range(slots))
         self._change = threading.Condition()
         self._closed = False
@@ -64,29 +68,60 @@ class Scheduler:
                     job = self.waiting.popleft()
                     if not job.cancelled:
                         self._start(job)
+            for job in [job for job in self.running if job.cancelled]:
+                self._end(job)
             if self.running:
-                self._turn(self.running.popleft())
+                self._turn()
 
     def _start(self, job: Job) -> None:
         """Give a job the free cache that knows most of its prompt."""
         job.slot = max(self._free, key=lambda slot: _shared(self.engines[slot].seen, job.prompt))
         self._free.remove(job.slot)
-        job.pieces = generate(self.engines[job.slot], job.prompt, sampling=job.sampling, max_tokens=job.max_tokens, stop=job.stop, every_token=True)
+        job.steps = write(self.engines[job.slot], job.prompt, sampling=job.sampling, max_tokens=job.max_tokens, stop=job.stop)
         self.running.append(job)
+        self._go_on(job, None)
 
-    def _turn(self, job: Job) -> None:
-        """One token of a job; then it is the others' turn."""
-        if not job.cancelled:
-            try:
-                piece, text = next(job.pieces)
-            except Exception as error:  # whatever goes wrong belongs to this request, which is told; the others go on
-                job.tell("", None, error)
-            else:
+    def _turn(self) -> None:
+        """The prompt of one job that has not begun, then one token of all others together."""
+        begun = [job for job in self.running if job.begun]
+        if new := next((job for job in self.running if not job.begun), None):
+            new.begun = True
+            self._feed([new])
+        if begun:
+            self._feed(begun)
+
+    def _feed(self, jobs: list[Job]) -> None:
+        try:
+            found = feed_many([self.engines[job.slot] for job in jobs], [job.needs for job in jobs])
+        except Exception as error:
+            for job in jobs:
+                self._fail(job, error)
+            return
+        for job, logits in zip(jobs, found, strict=True):
+            self._go_on(job, logits)
+
+    def _go_on(self, job: Job, logits: Tensor | None) -> None:
+        """Pieces of a job, until it needs logits again."""
+        try:
+            item = job.steps.send(logits)
+            while not isinstance(item, list):
+                piece, text = item
                 job.tell(piece, replace(text), None)  # as it is now: it goes on while the other thread reads
-                if not text.finish:
-                    self.running.append(job)
+                if text.finish:
+                    self._end(job)
                     return
-        job.pieces.close()
+                item = next(job.steps)
+            job.needs = item
+        except Exception as error:  # whatever goes wrong belongs to this request, which is told; the others go on
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._end(job)
+        job.tell("", None, error)
+
+    def _end(self, job: Job) -> None:
+        job.steps.close()
+        self.running.remove(job)
         self._free.append(job.slot)
 
 

@@ -1,4 +1,4 @@
-"""Attention of csrc/attention.cpp against float64, and no worse than torch's own in the same dtype."""
+"""Attention of csrc/bf16.cpp against float64, and no worse than torch's own in the same dtype."""
 
 import pytest
 import torch

@@ -10,6 +10,7 @@ from lowbit.errors import FormatError
 from lowbit.kernels import decode, reference
 from lowbit.numerics import parts
 from lowbit.pipeline import recipes
+from lowbit.tensor import QuantizedTensor
 
 FORMATS = [
     "int2-asym-g64", "int2-sym-g16", "int3-asym-g64", "int3-sym-g16", "int3-asym-channel", "int4-asym-g128", "int4-sym-g32", "int4-sym-channel", "int5-asym-g64", "int6-sym-g32", "int6-asym-g16",
@@ -103,6 +104,18 @@ def test_dense_rows(dtype):
 
 
 @needs_native
+@pytest.mark.skipif(kernels.native() is None or not kernels.native().attention_supported(), reason="needs a processor with AVX-512 BF16")
+@pytest.mark.parametrize(("rows", "cols"), [(64, 64), (100, 96), (37, 2080), (200, 4128)])
+def test_dense_rows_in_bfloat16(rows, cols):
+    """Many rows of inputs are rounded to bfloat16, too; sums are float32."""
+    W, x = torch.randn(rows, cols).bfloat16(), torch.randn(19, cols)
+    y = torch.empty(19, rows)
+    kernels.native().dense_matmul(kernels.native().Dense(W.view(torch.int16).numpy(), 2), x.numpy(), y.numpy(), 2, "avx512")
+    goal = x.bfloat16().double() @ W.double().T
+    assert float((y - goal).abs().max()) < 5e-6 * float(goal.abs().max())
+
+
+@needs_native
 def test_what_the_kernels_do_not_take_is_refused():
     for name in ("int4-sym-g12", "e8p12-quip"):
         scheme = recipes.parse(f"{name}-rtn").recipe.scheme if "quip" not in name else recipes.parse("quip-2").recipe.scheme
@@ -128,6 +141,27 @@ def test_reference_rounds_half_to_even():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 0.0, 126.5]])
     codes, scales = reference.round_inputs(x, 8)
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2, 0, 126]] and scales.tolist() == [[1.0]]
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["int4-asym-g64", "int3-sym-g64", "int2-asym-g32"])
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+def test_groups_of_any_columns(name, isa):
+    """GPTQ's act-order: the layout has the groups' columns side by side, and inputs are gathered when they are rounded."""
+    qt = matrix(name)
+    index = torch.arange(qt.shape[1], dtype=torch.int32) // qt.scheme.group_size
+    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(1))]
+    turned = QuantizedTensor(qt.scheme, qt.shape, qt.dtype, {**qt.parts, "g_idx": index})
+    packed, goal = kernels.pack(turned), numerics.dequantize(turned)
+    assert torch.equal(packed.dequantize(), goal)
+    order = torch.argsort(index.long(), stable=True)
+    for rows in (1, 3, 9):
+        x = torch.randn(rows, qt.shape[1], generator=torch.Generator().manual_seed(rows))
+        expected = reference.matmul(goal[:, order], x[:, order], packed.block)
+        assert float((packed.matmul(x, isa=isa) - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    uneven = torch.where(index == 1, 0, index)
+    with pytest.raises(FormatError, match="different sizes"):
+        kernels.pack(QuantizedTensor(qt.scheme, qt.shape, qt.dtype, {**qt.parts, "g_idx": uneven}))
 
 
 INTEGERS = [f"int{bits}-{kind}-g64" for bits in (2, 3, 4, 5, 6, 8) for kind in ("sym", "asym")]

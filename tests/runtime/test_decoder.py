@@ -11,7 +11,7 @@ from lowbit.errors import ModelError, RecipeError
 from lowbit.models import skeleton as sk
 from lowbit.models.quantized import PackedLinear, QuantLinear
 from lowbit.runtime import Sampling, generate, open_model, why_not_native
-from lowbit.runtime.decoder import open_native
+from lowbit.runtime.decoder import forward_many, open_native
 
 pytestmark = pytest.mark.skipif(kernels.native() is None, reason=f"no native extension: {kernels.why_not()}")
 IDS = torch.randint(5, 90, (1, 48), generator=torch.Generator().manual_seed(0))
@@ -71,6 +71,35 @@ def test_every_family_gives_transformers_logits(name, model_folder, other_folder
         single = torch.cat([model.forward([token], at) for at, token in enumerate(IDS[0].tolist())])
         assert (single - goal).abs().max() < 2e-3 * goal.abs().max()
         assert torch.equal(model.forward(IDS[0, 40:].tolist(), 40), model.forward(IDS[0, 40:].tolist(), 40))  # what the cache holds from there on is replaced
+
+
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+def test_same_logits_with_any_number_of_threads(model_folder, isa):
+    """One thread, two and five (more than this model has heads of keys) give the same bits, for a prompt and for single tokens after it."""
+    found = []
+    for threads in (1, 2, 5):
+        model = native_model(model_folder("llama"), threads=threads, isa=isa)
+        found.append(torch.cat([model.forward(IDS[0, :40].tolist(), 0, every=True), *(model.forward([int(IDS[0, at])], at) for at in range(40, 48))]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+def test_texts_of_several_slots_in_one_pass(model_folder, other_folder, name, isa):
+    """One token each of three texts of different lengths gives what they give one by one, and leaves the same caches."""
+    path = (other_folder if name in OTHERS else model_folder)(name)
+    texts = [IDS[0, :30].tolist(), IDS[0, 5:12].tolist(), IDS[0, 20:].tolist()]
+    one = native_model(path, isa=isa)
+    slots = [one, one.another(1), one.another(7)]
+    for slot, text in zip(slots, texts, strict=True):
+        slot.forward(text[:-3], 0)
+    for left in (3, 2, 1):
+        found = forward_many(slots, [text[-left] for text in texts], [len(text) - left for text in texts])
+    for text, logits in zip(texts, found, strict=True):
+        alone = native_model(path, isa=isa).forward(text, 0)[0]
+        assert (logits - alone).abs().max() < 1e-3 * alone.abs().max()
+    with pytest.raises(ValueError, match="different"):
+        forward_many([one, one], [1, 2], [3, 4])
 
 
 def test_prompts_of_several_chunks(model_folder):

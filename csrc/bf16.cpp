@@ -1,9 +1,9 @@
-// Dao et al., "FlashAttention", arXiv:2205.14135, algorithms 1 and 4: blocks of scores that stay in the cache, a running maximum and sum for each row, and in the backward pass the scores
+// Attention: Dao et al., "FlashAttention", arXiv:2205.14135, algorithms 1 and 4: blocks of scores that stay in the cache, a running maximum and sum for each row, and in the backward pass the scores
 // made again from q, k and the logarithm of the sum. Products of bfloat16 pairs (VDPBF16PS) added in float32; softmax in float32.
 //
 // All products are of one kind: C [m, n] += A B, where A gives pairs of bfloat16 (32 bits), broadcast to all lanes, and B holds rows of 32-bit pairs. Pairs lie along the summed
 // dimension, so a matrix is laid out in one of two ways: "columns" [dim / 2][rows] (the matrix transposed, pairs kept) or "pairs" [rows / 2][dim] (two rows interleaved).
-#include "attention.h"
+#include "bf16.h"
 
 #include "matrix.h"
 #include "threads.h"
@@ -257,9 +257,11 @@ void backward_head(const Attention& a, Scratch& scratch, In q, In k, In v, In ou
         }
 }
 
+constexpr int64_t DEPTH = 2048;  // columns of a panel of weights, which stays in the cache
+
 }  // namespace
 
-bool attention_supported() { return supported("avx512") && __builtin_cpu_supports("avx512bf16"); }
+bool bf16_supported() { return supported("avx512") && __builtin_cpu_supports("avx512bf16"); }
 
 void attention_forward(const Attention& a, Heads<const uint16_t> q, Heads<const uint16_t> k, Heads<const uint16_t> v, Heads<uint16_t> out, float* lse, int threads) {
     each_head(a, threads, 2 * a.dim * up(a.keys, LANES) * 2, [&](Scratch& scratch, int64_t b, int64_t h) {
@@ -278,10 +280,36 @@ void attention_backward(const Attention& a, Heads<const uint16_t> q, Heads<const
     });
 }
 
+int64_t dense_scratch(int64_t cols, int64_t m) { return std::min(cols, DEPTH) * LANES * 2 + m * LANES * 4 + 64; }
+
+void dense_bf16(const Dense& w, const uint16_t* x, int64_t m, float* y, int64_t stride, bool add, int64_t first, int64_t last, uint8_t* scratch) {
+    Pairs* const panel = reinterpret_cast<Pairs*>(scratch);
+    float* const tile = reinterpret_cast<float*>(scratch + std::min(w.cols, DEPTH) * LANES * 2);
+    const uint16_t* const weights = static_cast<const uint16_t*>(w.data);
+    for (int64_t row = first; row < last; row += LANES) {
+        const int64_t rows = std::min(LANES, last - row);
+        for (int64_t k = 0; k < w.cols; k += DEPTH) {
+            const int64_t depth = std::min(DEPTH, w.cols - k);
+            columns(weights + row * w.cols + k, w.cols, rows, depth, panel);
+            const bool whole = rows == LANES;
+            multiply(m, LANES, depth / 2, pairs_of(x + k), w.cols / 2, 1, panel, LANES, whole ? y + row : tile, whole ? stride : LANES, k > 0 || (whole && add));
+        }
+        for (int64_t i = 0; rows < LANES && i < m; i++)
+            for (int64_t r = 0; r < rows; r++) y[i * stride + row + r] = (add ? y[i * stride + row + r] : 0.0f) + tile[i * LANES + r];
+    }
+}
+
+void to_bf16(const float* x, uint16_t* y, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) store_half(y + i, _mm512_loadu_ps(x + i));
+}
+
 }  // namespace lowbit
 #else
 namespace lowbit {
-bool attention_supported() { return false; }
+bool bf16_supported() { return false; }
+int64_t dense_scratch(int64_t, int64_t) { return 0; }
+void dense_bf16(const Dense&, const uint16_t*, int64_t, float*, int64_t, bool, int64_t, int64_t, uint8_t*) {}
+void to_bf16(const float*, uint16_t*, int64_t) {}
 void attention_forward(const Attention&, Heads<const uint16_t>, Heads<const uint16_t>, Heads<const uint16_t>, Heads<uint16_t>, float*, int) {}
 void attention_backward(const Attention&, Heads<const uint16_t>, Heads<const uint16_t>, Heads<const uint16_t>, Heads<const uint16_t>, const float*, Heads<const uint16_t>, Heads<uint16_t>, Heads<uint16_t>,
                         Heads<uint16_t>, int) {}
