@@ -68,6 +68,7 @@ struct Coded {
     const uint32_t* words = nullptr;
     const float *scales = nullptr, *zeros = nullptr;  // [rows][cols / group]
     float table[256] = {};
+    bool through_half = false;  // values are rounded to float16 first
 };
 
 // How a cache keeps a row of numbers (the keys or values of a head for one token): float16, or codes of 8 or 4 bits in groups of GROUP with a float16 scale and least value each, after the codes.

@@ -194,9 +194,10 @@ const float* vector_of(const Vector& v, int64_t size, const char* name) {
 }
 
 void decode(nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> words, int bits, Array1<float> table, Array2<float> scales, std::optional<Array2<float>> zeros,
-            nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> out, int threads, const std::string& isa) {
+            nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> out, int threads, const std::string& isa, bool through_half) {
     const Kernels* k = chosen(isa);
     Coded w;
+    w.through_half = through_half;
     w.rows = int64_t(out.shape(0)), w.cols = int64_t(out.shape(1)), w.bits = bits;
     const int64_t groups = int64_t(scales.shape(1));
     require(bits >= 1 && bits <= 8 && bits != 7, "bits must be 1, 2, 3, 4, 5, 6 or 8");
@@ -274,7 +275,7 @@ NB_MODULE(_native, m) {
         chosen(isa)->round(x.data(), cols, rows, {cols, block, codes.data(), scales.data(), sums.data()});
     }, "x"_a, "block"_a, "codes"_a, "scales"_a, "sums"_a, "isa"_a = "");
 
-    m.def("decode", &decode, "words"_a, "bits"_a, "table"_a, "scales"_a, "zeros"_a.none(), "out"_a, "threads"_a, "isa"_a = "");
+    m.def("decode", &decode, "words"_a, "bits"_a, "table"_a, "scales"_a, "zeros"_a.none(), "out"_a, "threads"_a, "isa"_a = "", "through_half"_a = false);
     using Lse = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
     m.def("attention_supported", &bf16_supported, "Whether this processor runs attention and attention_backward.");
     m.def("attention", [](Half4 q, Half4 k, Half4 v, Half4 out, Lse lse, float scale, bool causal, int threads) {

@@ -15,8 +15,14 @@ from .native import native, threads
 UNIT = 32  # columns
 
 
-def decode(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-    """The matrix [out, in] that parts.store's tensors stand for, in float32 or bfloat16: bit for bit dequantize(...).to(dtype). None where the extension does not do it."""
+def decode(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, through: torch.dtype | None = None) -> Tensor | None:
+    """The matrix [out, in] that parts.store's tensors stand for, in float32 or bfloat16: bit for bit dequantize(...).to(through).to(dtype). None where the extension does not do it."""
+    if through == torch.bfloat16 and dtype == torch.float32:
+        made = decode(stored, scheme, shape, through)
+        return None if made is None else made.float()
+    if through == torch.float16 and dtype == torch.float16:  # its own rounding twice is once
+        made = decode(stored, scheme, shape, torch.float32, through)
+        return None if made is None else made.half()
     codes, bits = stored.get("codes"), parts.code_bits(scheme)
     columns = shape[1]
     if native() is None or codes is None or codes.device.type != "cpu" or bits is None or bits > 8 or bits == 7 or dtype not in (torch.float32, torch.bfloat16):
@@ -26,7 +32,7 @@ def decode(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int],
     scale, zero = _scales(stored, scheme, shape, columns // group)
     out = torch.empty(shape, dtype=dtype)
     target = out.view(torch.uint16) if dtype == torch.bfloat16 else out
-    native().decode(codes.contiguous().view(torch.uint8), bits, _table(scheme, bits), scale, zero, target, threads())
+    native().decode(codes.contiguous().view(torch.uint8), bits, _table(scheme, bits), scale, zero, target, threads(), "", through == torch.float16)
     return out
 
 

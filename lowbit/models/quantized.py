@@ -56,9 +56,8 @@ class QuantLinear(nn.Module):
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The decoded matrix, rounded to decode_to, in a dtype."""
-        once = dtype if self.decode_to == torch.float32 else self.decode_to
-        made = decode({name: getattr(self, f"_{name}") for name in self.names}, self.scheme, (self.out_features, self.in_features), once)
-        return (numerics.dequantize(self.quantized()).to(self.decode_to) if made is None else made).to(dtype)
+        made = decode({name: getattr(self, f"_{name}") for name in self.names}, self.scheme, (self.out_features, self.in_features), dtype, self.decode_to)
+        return numerics.dequantize(self.quantized()).to(self.decode_to).to(dtype) if made is None else made
 
     @property
     def qweight(self) -> Tensor:

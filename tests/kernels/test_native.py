@@ -176,6 +176,9 @@ def test_decoding_is_that_of_numerics_bit_for_bit(name, dtype):
     goal = numerics.dequantize(qt).to(dtype)
     found = decode.decode(stored, qt.scheme, qt.shape, dtype)
     assert found is not None and found.dtype == dtype and torch.equal(found, goal)
+    for through in (torch.float32, torch.float16, torch.bfloat16):
+        found = decode.decode(stored, qt.scheme, qt.shape, dtype, through)
+        assert found is not None and found.dtype == dtype and torch.equal(found, numerics.dequantize(qt).to(through).to(dtype)), through
     words, bits = stored["codes"].view(torch.uint8), parts.code_bits(qt.scheme)
     scale, zero = decode._scales(stored, qt.scheme, qt.shape, qt.shape[1] // decode._group(qt.scheme, qt.shape[1]))
     for isa in kernels.instruction_sets():
