@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,7 +118,8 @@ class Scheduler:
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._end(job)
-        job.tell("", None, error)
+        with suppress(RuntimeError):  # nobody is left who could be told
+            job.tell("", None, error)
 
     def _end(self, job: Job) -> None:
         job.steps.close()
