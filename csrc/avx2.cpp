@@ -27,6 +27,7 @@ struct Vec {
     static Bytes lookup(Table t, Bytes v) { return {_mm256_shuffle_epi8(t, v.a), _mm256_shuffle_epi8(t, v.b)}; }
 
     static Ints none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static Ints fill(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
     // Sums of two products do not fit 16 bits where a byte has its highest bit: that bit is multiplied apart.
     static __m256i dot256(__m256i acc, __m256i w, __m256i x) {
         const auto ones = _mm256_set1_epi16(1), top = _mm256_set1_epi8(char(0x80));

@@ -26,6 +26,7 @@ struct Vec {
     static Bytes lookup(Table t, Bytes b) { return _mm512_shuffle_epi8(t, b); }
 
     static Ints none() { return _mm512_setzero_si512(); }
+    static Ints fill(int32_t v) { return _mm512_set1_epi32(v); }
     static Ints dot(Ints acc, Bytes w, int32_t four) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four)); }
     static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
     template <int N> static Ints down(Ints a) { return _mm512_srai_epi32(a, N); }

@@ -64,9 +64,9 @@ float to_float(uint16_t half, Real type) {
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
-int64_t largest_block(int bits, int64_t group) {
+int64_t largest_block(int bits, int64_t group, int64_t most) {
     const int64_t unit = bits == 8 || bits == 4 ? 8 : bits == 2 || bits == 6 ? 16 : 32;
-    for (int64_t block = MAX_BLOCK; block >= unit; block -= unit)
+    for (int64_t block = most < MAX_BLOCK ? most : MAX_BLOCK; block >= unit; block -= unit)
         if (group % block == 0) return block;
     return 0;
 }

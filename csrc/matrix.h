@@ -25,6 +25,6 @@ void unpack_row(const Matrix& w, int64_t row, float* out);
 void unpack_parts(const Matrix& w, int64_t row, uint8_t* codes, float* scales, float* zeros);
 
 float to_float(uint16_t bits, Real type);  // a float16 or bfloat16
-int64_t largest_block(int bits, int64_t group);  // that a matrix of such codes may have; 0: none
+int64_t largest_block(int bits, int64_t group, int64_t most = MAX_BLOCK);  // that a matrix of such codes may have, up to most; 0: none
 
 }  // namespace lowbit

@@ -42,13 +42,13 @@ struct Packed {
 
     std::vector<int32_t> order;
 
-    Packed(int64_t rows, int64_t cols, int bits, int64_t group, int scales, int zeros, float zero, std::optional<std::vector<int>> table, std::optional<Array1<int32_t>> inputs) {
+    Packed(int64_t rows, int64_t cols, int bits, int64_t group, int scales, int zeros, float zero, std::optional<std::vector<int>> table, std::optional<Array1<int32_t>> inputs, int64_t most) {
         require(rows > 0 && cols > 0, "rows and cols must be positive");
         require(bits >= 1 && bits <= 8 && bits != 7, "bits must be 1, 2, 3, 4, 5, 6 or 8");
         require(group > 0 && cols % group == 0, "group must divide cols");
         require(scales >= 0 && scales <= 2 && zeros >= 0 && zeros <= 3, "scales are of kind 0, 1 or 2, zeros of 0 to 3");
         matrix.rows = rows, matrix.cols = cols, matrix.bits = bits, matrix.group = group;
-        matrix.block = largest_block(bits, group);
+        matrix.block = largest_block(bits, group, most);
         require(matrix.block > 0, "a group of " + std::to_string(group) + " holds no whole unit of codes of " + std::to_string(bits) + " bits");
         matrix.scales = Real(scales), matrix.zeros = Zeros(zeros), matrix.zero = zero;
         if (table) {
@@ -254,10 +254,10 @@ NB_MODULE(_native, m) {
         return found;
     }, "The instruction sets of this build that this processor has, best first.");
     m.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads are used: openmp (the runtime that is loaded already) or own.");
-    m.def("largest_block", &largest_block, "bits"_a, "group"_a);
+    m.def("largest_block", &largest_block, "bits"_a, "group"_a, "most"_a = MAX_BLOCK);
     nb::class_<Packed>(m, "Packed", "A matrix [rows, cols] of codes in groups, in the kernels' layout.")
-        .def(nb::init<int64_t, int64_t, int, int64_t, int, int, float, std::optional<std::vector<int>>, std::optional<Array1<int32_t>>>(), "rows"_a, "cols"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a,
-             "zero"_a, "table"_a.none(), "order"_a.none() = nb::none())
+        .def(nb::init<int64_t, int64_t, int, int64_t, int, int, float, std::optional<std::vector<int>>, std::optional<Array1<int32_t>>, int64_t>(), "rows"_a, "cols"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a,
+             "zero"_a, "table"_a.none(), "order"_a.none() = nb::none(), "block"_a = MAX_BLOCK)
         .def("fill", &Packed::fill, "first"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "threads"_a = 1)
         .def("row", &Packed::row, "index"_a, "out"_a)
         .def_prop_ro("nbytes", [](const Packed& p) { return p.matrix.bytes(); })

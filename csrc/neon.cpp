@@ -27,6 +27,7 @@ struct Vec {
     static Bytes lookup(Table t, Bytes b) { return each<Bytes>([&](int i) { return vqtbl1q_u8(t, b.v[i]); }); }
 
     static Ints none() { return each<Ints>([](int) { return vdupq_n_s32(0); }); }
+    static Ints fill(int32_t v) { return each<Ints>([&](int) { return vdupq_n_s32(v); }); }
     static Ints dot(Ints acc, Bytes w, int32_t four) {
         const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
 #if defined(__ARM_FEATURE_MATMUL_INT8)

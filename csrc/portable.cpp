@@ -25,6 +25,7 @@ struct Vec {
     static Bytes lookup(Table t, Bytes b) { return each<Bytes>([&](int i) { return t[b.v[i]]; }); }
 
     static Ints none() { return each<Ints>([](int) { return 0; }); }
+    static Ints fill(int32_t v) { return each<Ints>([&](int) { return v; }); }
     static Ints dot(Ints acc, Bytes w, int32_t four) {
         int8_t x[4];
         std::memcpy(x, &four, 4);

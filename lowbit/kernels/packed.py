@@ -152,12 +152,19 @@ def scale_dtype_of(qt: QuantizedTensor) -> torch.dtype:
     if name == INT:
         dtype, zero = qt.parts["scale"].dtype, qt.parts.get("zero_point")
         return dtype if dtype in REALS and (zero is None or qt.scheme.zero_dtype == "int" or zero.dtype == dtype) else torch.float32
+    if name in ("q4_0", "q5_0", "q8_0", "q4_1", "q5_1"):
+        return torch.float16
     if name in ggml.BLOCK_TYPES:
-        scale, offset = ggml.affine(name, qt.parts["blocks"])
-        largest = max(float(scale.abs().max()), 0.0 if offset is None else float(offset.abs().max()))
-        small = scale[scale != 0].abs()
-        return torch.float16 if largest < 65504 and (not small.numel() or float(small.min()) >= 2**-14) or name in ("q4_0", "q5_0", "q8_0", "q4_1", "q5_1") else torch.float32
+        blocks = qt.parts["blocks"]
+        return torch.float16 if all(_fits_half(*ggml.affine(name, part)) for part in blocks.split(max(1, CHUNK // qt.shape[1]))) else torch.float32
     return torch.float32
+
+
+def _fits_half(scale: Tensor, offset: Tensor | None) -> bool:
+    """Whether scales and offsets are normal numbers of float16, or 0."""
+    largest = max(float(scale.abs().max()), 0.0 if offset is None else float(offset.abs().max()))
+    small = scale[scale != 0].abs()
+    return largest < 65504 and (not small.numel() or float(small.min()) >= 2**-14)
 
 
 def chunks_of(qt: QuantizedTensor, plan: Plan, group: int, order: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
@@ -177,17 +184,11 @@ def _rows(qt: QuantizedTensor, plan: Plan, at: slice, group: int) -> tuple[Tenso
     if scheme.format in ggml.BLOCK_TYPES:
         blocks = qt.parts["blocks"][at]
         scale, offset = ggml.affine(scheme.format, blocks)
-        low, _ = ggml.bounds(scheme.format)
+        if (codes := ggml.codes_of(scheme.format, blocks)) is not None:
+            return codes, scale, None if offset is None or plan.kind != MINIMA else -offset
         spread = lambda value: value.unsqueeze(-1).expand(-1, -1, cols // value.shape[1]).reshape(n, cols)
-        values = ggml.decode(blocks, scheme.format)
-        q = ((values if offset is None else values - spread(offset)) / spread(torch.where(scale == 0, 1.0, scale))).round()
-        if scheme.format in ggml.TABLES:
-            return torch.searchsorted(torch.tensor(_table_values(scheme.format)), q).to(torch.uint8), scale, None
-        minimum = None
-        if plan.kind == MINIMA:
-            assert offset is not None
-            minimum = -offset
-        return torch.where(spread(scale) == 0, 0.0, q - low).to(torch.uint8), scale, minimum
+        q = (ggml.decode(blocks, scheme.format) / spread(torch.where(scale == 0, 1.0, scale))).round()
+        return torch.searchsorted(torch.tensor(_table_values(scheme.format)), q).to(torch.uint8), scale, None
     if scheme.format == INT:
         codes = qt.parts["codes"][at].to(torch.uint8)
         spread_to = lambda value: integer.spread(value[at], scheme, cols)[:, ::group] if value.ndim == 2 and value.shape[1] > 1 else value[at].reshape(n, 1).expand(n, groups)

@@ -236,6 +236,16 @@ def bounds(type_name: str) -> tuple[float, float]:
     return -zero, (1 << legacy.bits) - 1 - zero
 
 
+def codes_of(type_name: str, blocks: Tensor) -> Tensor | None:
+    """Codes uint8 [rows, columns] of blocks uint8 [rows, row_bytes], counted from 0: q = code + bounds()[0]; None for types of tables, whose codes are places in them."""
+    kind, rows = _block_type(type_name), blocks.shape[0]
+    parts = blocks.reshape(-1, kind.block_bytes)
+    if type_name in KQUANTS:
+        codes = _SPLIT[type_name](parts)[0]
+        return (codes if codes.dtype == torch.uint8 else (codes - int(KQUANTS[type_name].low)).view(torch.uint8)).reshape(rows, -1)
+    return _unpack_legacy(parts, _LEGACY[type_name])[0].reshape(rows, -1) if type_name in _LEGACY else None
+
+
 def nearest(type_name: str) -> Callable[[Tensor], Tensor] | None:
     """x -> the q nearest to it, of a written type whose codes are places in a table; None where q is any whole number within bounds."""
     if type_name not in TABLES:

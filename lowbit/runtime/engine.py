@@ -151,13 +151,13 @@ def open_model(
     if reason and native:
         raise ModelError(f"{located} cannot run in the native decoder: {reason}.")
     resources.require_memory(int(1.1 * checkpoint.tensor_bytes), purpose="Running this model")
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:  # before the weights: reading a GGUF's tokens takes some 300 MB for a while
+        tokenizer = load_tokenizer(checkpoint, Path(scratch))
     model: Model
     if reason:
         model = TransformersModel(load(located, kernels=native is None), length, bits)
     else:
         model = open_native(built, context=length, threads=threads, isa=isa, cache_bits=bits, progress=progress)
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:
-        tokenizer = load_tokenizer(checkpoint, Path(scratch))
     defaults = None
     if found := next((file.parent for file in checkpoint.files if file.name == "generation_config.json"), None):
         with suppress(OSError, ValueError):
