@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import regex
 import torch
@@ -122,13 +123,14 @@ def quantization_config(checkpoint: Checkpoint) -> dict | None:
         for module, args in schemes.items():
             members.setdefault((bool(_EXPERT.search(module)), json.dumps(args)), []).append(module)
         ordered = sorted(members.items(), key=lambda item: item[0][0])
-        groups = [_group(_expert_targets(modules, schemes) if expert else modules, distinct[key]) for (expert, key), modules in ordered]
+        places = lambda modules: [_place(module, checkpoint.config) for module in modules]
+        groups = [_group(_expert_targets(modules, schemes) if expert else places(modules), distinct[key]) for (expert, key), modules in ordered]
     formats = {group["format"] for group in groups}
     return {
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": safetensors.dense_linears(checkpoint),
+        "ignore": [_place(module, checkpoint.config) for module in safetensors.dense_linears(checkpoint)],
         "kv_cache_scheme": None,
         "quant_method": KIND,
         "quantization_status": "compressed",
@@ -145,6 +147,17 @@ def _arguments(scheme: Scheme) -> dict:
 
 def _group(targets: list[str], arguments: dict) -> dict:
     return {"targets": targets, "weights": arguments["weights"], "input_activations": arguments["input_activations"], "output_activations": None, "format": arguments["format"]}
+
+
+def _place(module: str, config: Mapping[str, Any]) -> str:
+    """A module as config.json names it: by its name; of a vision-language model by a regex, since transformers' modules have other names than its files there (model.vision_tower for vision_tower,
+    model.language_model.layers for language_model.model.layers), and the library compares with both."""
+    if "text_config" not in config or module == "lm_head":
+        return module
+    inner = module.removeprefix("model.")
+    if inner.startswith("language_model."):
+        return rf"re:.*language_model\.(model\.)?{re.escape(inner.removeprefix('language_model.').removeprefix('model.'))}$"
+    return f"re:.*{re.escape(inner)}$"
 
 
 def _expert_targets(modules: list[str], schemes: Mapping[str, dict]) -> list[str]:

@@ -13,6 +13,7 @@ from lowbit.checkpoints.checkpoint import Checkpoint, LazyQuantized, LazyTensor
 from lowbit.checkpoints.safetensors import read_metadata
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.pipeline.consumers import consumer_of
+from lowbit.pipeline.verify import verify
 from lowbit.scheme import Activation, Scheme
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -111,6 +112,30 @@ def test_transformers_leaves_a_vision_tower_of_bitnet_alone(model_folder, tmp_pa
     with torch.compiler.set_stance("force_eager"):
         _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
+
+
+MIXED = """scheme = "int4-sym-g32-rtn"
+[[rules]]
+match = "*.v_proj"
+scheme = "keep"
+[[rules]]
+match = "*.down_proj"
+scheme = "int8-sym-g32-rtn"
+"""
+
+
+@pytest.mark.consumer
+@pytest.mark.parametrize("mixed", [False, True])
+def test_transformers_finds_the_layers_of_a_vision_language_model_in_compressed_tensors(model_folder, tmp_path, mixed):
+    """Its modules have other names than the file's tensors, so that the section's names are regexes there; the library's own decoding is ours."""
+    pytest.importorskip("compressed_tensors")
+    (tmp_path / "mixed.toml").write_text(MIXED)
+    lowbit.quantize(model_folder("gemma3-vision"), tmp_path / "mixed.toml" if mixed else "int4-sym-g32-rtn", tmp_path / "out", target_name="compressed-tensors")
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert r"re:.*vision_tower\.encoder\.layers\.0\.mlp\.fc1$" in section["ignore"] and "lm_head" in section["ignore"]
+    assert len(open_checkpoint(tmp_path / "out").quantized) == (18 if mixed else 21)
+    found = verify(tmp_path / "out")
+    assert found.verdict == "passed" and found.equal == found.weights == (18 if mixed else 21), found
 
 
 def plain_logits(folder, stream, ids):
