@@ -98,6 +98,11 @@ class Scheme:
             return f"{self.format}-{share}{'-dq' if self.nested else ''}"
         return f"int{self.bits}-{'sym' if self.symmetric else 'asym'}-{share}"
 
+    @property
+    def said(self) -> str:
+        """The short form, and what it does not tell."""
+        return f"{self.name} with zero-points that are no whole numbers" if self.format == INT and self.zero_dtype == "float" else self.name
+
     def to_dict(self) -> dict:
         """Plain data for JSON; from_dict is the inverse."""
         return {**asdict(self), "block": list(self.block)}

@@ -33,7 +33,7 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     layer = name.removesuffix(".weight")
     if scheme.format not in additive.KINDS or scheme.outliers is not None or scheme.act is not None:
         known = ", ".join(kind.removeprefix("aqlm_") for kind in additive.KINDS)
-        raise RecipeError(f"{layer}: aqlm cannot hold {scheme.name}; it holds additive codebooks ({known}) with nothing rounded but weights. Use a recipe such as aqlm-2x8, or another target.")
+        raise RecipeError(f"{layer}: aqlm cannot hold {scheme.said}; it holds additive codebooks ({known}) with nothing rounded but weights. Use a recipe such as aqlm-2x8, or another target.")
     numerics.check_shape(scheme, shape, name=layer)
 
 

@@ -33,7 +33,7 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     """Raise RecipeError or ShapeError when BitNet's layout cannot hold a matrix [out_features, in_features] in this scheme."""
     layer = name.removesuffix(".weight")
     if scheme.format != "ternary" or scheme.block != (-1, -1) or scheme.outliers is not None or scheme.act != ACT:
-        raise RecipeError(f"{layer}: bitnet cannot hold {scheme.name}; it holds ternary weights with one scale for the matrix and inputs rounded to 8 bits for each token (the recipe bitnet).")
+        raise RecipeError(f"{layer}: bitnet cannot hold {scheme.said}; it holds ternary weights with one scale for the matrix and inputs rounded to 8 bits for each token (the recipe bitnet).")
     numerics.check_shape(scheme, shape, name=layer)
     if shape[0] % FIELDS:
         raise ShapeError(f"{layer}: bitnet packs four rows into one, and {shape[0]} rows are not a multiple of 4. Use --to lowbit.")

@@ -48,7 +48,7 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     eight = scheme.format == INT and scheme.bits == 8 and scheme.symmetric and scheme.block == (1, -1) and scheme.scale_dtype == "float32" and scheme.range == "textbook"
     if scheme.outliers is not None or not (four or (eight and (scheme.act is None or scheme.act == Activation(range="textbook", threshold=THRESHOLD)))):
         raise RecipeError(
-            f"{layer}: bitsandbytes cannot hold {scheme.name}; it holds nf4 and fp4 in blocks of {', '.join(map(str, BLOCKS))} (with dq or without), and LLM.int8() (llm-int8). "
+            f"{layer}: bitsandbytes cannot hold {scheme.said}; it holds nf4 and fp4 in blocks of {', '.join(map(str, BLOCKS))} (with dq or without), and LLM.int8() (llm-int8). "
             "Use one of those, or --to safetensors, which writes the decoded values."
         )
     numerics.check_shape(scheme, shape, name=layer)

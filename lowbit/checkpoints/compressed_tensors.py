@@ -66,7 +66,7 @@ def check(scheme: Scheme, shape: tuple[int, ...], name: str) -> None:
         if scheme.format == INT:
             raise RecipeError(f"{layer}: compressed-tensors has whole zero-points and groups along rows, and {scheme.name} has not. Use --to safetensors, which writes the decoded values.")
         raise RecipeError(
-            f"{layer}: compressed-tensors cannot hold {scheme.name}; it holds {_FORMATS} and {', '.join(CASTS)}. "
+            f"{layer}: compressed-tensors cannot hold {scheme.said}; it holds {_FORMATS} and {', '.join(CASTS)}. "
             "Use one of those, --to gguf for ggml's types, or --to safetensors, which writes the decoded values."
         )
     numerics.check_shape(scheme, shape, name=layer)

@@ -50,7 +50,7 @@ def check(kind: str) -> Callable[[Scheme, tuple[int, int], str], None]:
         bits = (4,) if kind == "awq" else BITS
         if scheme.format != INT or scheme.bits not in bits or scheme.zero_dtype != "int" or scheme.block[0] != 1 or scheme.outliers is not None or scheme.act is not None:
             raise RecipeError(
-                f"{layer}: {kind} cannot hold {scheme.name}; it holds integers of {', '.join(map(str, bits))} bits in groups along rows or one scale per channel, with nothing rounded but weights. "
+                f"{layer}: {kind} cannot hold {scheme.said}; it holds integers of {', '.join(map(str, bits))} bits in groups along rows or one scale per channel, with nothing rounded but weights. "
                 "Use --to compressed-tensors, or --to safetensors, which writes the decoded values."
             )
         if scheme.scale_dtype != "float16":

@@ -40,7 +40,7 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     layer = name.removesuffix(".weight")
     if scheme.format != INT or scheme.bits not in PACKING or scheme.symmetric or scheme.zero_dtype != "float" or scheme.outliers is not None or scheme.act is not None:
         raise RecipeError(
-            f"{layer}: hqq cannot hold {scheme.name}; it holds integers of 1, 2, 3, 4 or 8 bits with float zero-points (the algorithm hqq makes them), with nothing rounded but weights. "
+            f"{layer}: hqq cannot hold {scheme.said}; it holds integers of 1, 2, 3, 4 or 8 bits with float zero-points (the algorithm hqq makes them), with nothing rounded but weights. "
             "Use a recipe such as int4-asym-g64-hqq, or another target."
         )
     numerics.check_shape(scheme, shape, name=layer)

@@ -37,7 +37,7 @@ def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     layer = name.removesuffix(".weight")
     plain = scheme.outliers is None and scheme.act is None and scheme.block[0] in (1, -1)
     if not plain or not (scheme.format == INT or scheme.format in FP8.values()):
-        raise RecipeError(f"{layer}: torchao cannot hold {scheme.name}; it holds integers of 2 to 8 bits and fp8, in groups along rows, per channel or per tensor, with nothing rounded but weights.")
+        raise RecipeError(f"{layer}: torchao cannot hold {scheme.said}; it holds integers of 2 to 8 bits and fp8, in groups along rows, per channel or per tensor, with nothing rounded but weights.")
     if scheme.format == INT and scheme.block == (-1, -1):
         raise RecipeError(f"{layer}: torchao's integers have a scale per group or channel, and {scheme.name} has one for the tensor. Use channel.")
     numerics.check_shape(scheme, shape, name=layer)
