@@ -13,8 +13,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <vector>
 
 namespace lowbit {
 namespace {
@@ -57,13 +55,13 @@ void multiply(int64_t rows, int64_t lanes, int64_t pairs, const Pairs* A, int64_
     if (lanes) strip<1>(rows, pairs, A, a_row, a_pair, B, b_row, C, c_row, add);
 }
 
-// e^x for x <= 0 or so; relative error about 1e-7. Below -87 it is 0.
+// e^x for x <= 0 or so, by the polynomial of kernels.inc's fast_exp (Cephes); relative error about 1e-7. Below -87 it is 0; NaN stays NaN, so that what is wrong before attention shows behind it.
 __m512 exponential(__m512 x) {
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x));
     __m512 y = _mm512_set1_ps(1.9875691500e-4f);
     for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ), y, n);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLE_UQ), y, n);
 }
 
 void store_half(uint16_t* p, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x)); }

@@ -112,6 +112,7 @@ class GpuMatrix:
     """A matrix [rows, cols] in codes on a device: y = x W^T."""
 
     def __init__(self, words: Tensor, scales: Tensor, zeros: Tensor | None, table: Tensor | None, *, shape: tuple[int, int], bits: int, kind: int, zero: float, group: int) -> None:
+        """words int32 [rows, ceil(cols bits / 32)]; scales and zeros (None where KIND needs none) [rows, cols / group]; table float32 [16] of KIND 3; zero: of KIND 0."""
         self.words, self.scales, self.zeros, self.table = words, scales, zeros, table
         self.shape, self.bits, self.kind, self.zero, self.group = shape, bits, kind, zero, group
         self.block = largest_tile(group)

@@ -94,7 +94,7 @@ class Scheduler:
     def _feed(self, jobs: list[Job]) -> None:
         try:
             found = feed_many([self.engines[job.slot] for job in jobs], [job.needs for job in jobs])
-        except Exception as error:
+        except Exception as error:  # all of them are told, and other requests go on
             for job in jobs:
                 self._fail(job, error)
             return

@@ -69,6 +69,18 @@ def test_same_bytes_with_any_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("which", (0, 1, 2))
+def test_nan_is_not_swallowed(which):
+    """A NaN in a query, key or value reaches every output of its head that reads it, and the gradients; of the others that multiply it with 0 only those that a plain product spoils, too."""
+    tensors = made(1, 2, 2, 100, 100, 64)
+    tensors[which][0, 1, 50, 3] = float("nan")
+    out, *rest = gradients(lambda q, k, v: attend(q, k, v, 0.1, True), *tensors, torch.bfloat16)
+    hit = out.isnan().any(-1)
+    assert not hit[0, 0].any() and (which == 2 or not hit[0, 1, :50].any())  # 0 times a NaN among the values is NaN
+    assert hit[0, 1, 50] and (which == 0 or bool(hit[0, 1, 50:].all()))
+    assert any(bool(each[0, 1].isnan().any()) for each in rest) and not any(bool(each[0, 0].isnan().any()) for each in rest)
+
+
 def test_what_it_does_not_take():
     q, k, v, _ = made(1, 2, 2, 32, 32, 64)
     assert not can_attend(q.float(), k.float(), v.float(), True)
