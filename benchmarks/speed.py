@@ -3,6 +3,8 @@
     python benchmarks/speed.py layers [--only int4] [--shapes 4096x4096,11008x4096] [--rounds 9] [--ggml FOLDER]
     python benchmarks/speed.py model MODEL.gguf --llama-bench PATH/llama-bench [--against OTHER.gguf] [--rounds 5]
     python benchmarks/speed.py attention [--rounds 9]
+    python benchmarks/speed.py decode [--rounds 9]
+    python benchmarks/speed.py texts MODEL.gguf
     python benchmarks/speed.py random FOLDER --tokenizer FOLDER       a Llama of 1.1B (TinyLlama's shape) with random weights, to quantize
 
 layers: one linear layer, 1 row and 128 rows of inputs. Each contender has as many copies of its weights as fill 160 MB, so that they come from memory, not from a cache; contenders take turns
@@ -10,6 +12,7 @@ in every round. bandwidth: sums of float32 over 256 MB, in the same rounds. Besi
 onnxruntime's MatMulNBits (accuracy_level 4, groups of 128); with --ggml, the folder of libggml-cpu.so, ggml_mul_mat (one graph of all copies, so that its threads start once).
 model: prompts of 128 and 512 tokens and 64 generated ones, `lowbit` and llama-bench in turns (with --against, llama-bench on another file of the same model).
 attention: over whole sequences in bfloat16, causal, forward alone and with gradients, ours and torch's in turns.
+decode: a packed matrix of 5632 x 2048 to bfloat16, in C++ and by numerics in torch. texts: 1, 2, 4 and 8 texts at once through the endpoint's scheduler, 128 tokens each.
 Quantiles 20, 50 and 80 of the rounds are appended to benchmarks/results/speed.jsonl with the commit.
 """
 
@@ -43,7 +46,7 @@ def main() -> None:
         (ort_child if sys.argv[1] == "--ort" else ggml_child)(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["layers", "model", "attention", "random"])
+    parser.add_argument("what", choices=["layers", "model", "attention", "decode", "texts", "random"])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--ggml", type=Path)
@@ -56,7 +59,7 @@ def main() -> None:
     if a.what == "random":
         random_llama(Path(a.model), a.tokenizer)
         return
-    rows = {"layers": layers, "model": model, "attention": attention}[a.what](a)
+    rows = {"layers": layers, "model": model, "attention": attention, "decode": decode, "texts": texts}[a.what](a)
     with RESULTS.open("a") as file:
         for row in rows:
             file.write(json.dumps({**row, "commit": commit(), "machine": machine()}) + "\n")
@@ -256,7 +259,56 @@ def attention(a: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def decode(a: argparse.Namespace) -> list[dict]:
+    from lowbit.kernels import decode as packed
+    from lowbit.numerics import parts
+
+    rows = []
+    for name in ("nf4-dq", "int4-asym-g128", "int4-sym-g64", "int3-asym-g64", "int2-asym-g64", "int8-sym-channel"):
+        torch.manual_seed(0)
+        qt = numerics.quantize(torch.randn(5632, 2048) * 0.05, recipes.parse(f"{name}-rtn").recipe.scheme)
+        stored = parts.store(qt)
+        runs: dict[str, Callable[[], object]] = {
+            "C++": lambda stored=stored, qt=qt: packed.decode(stored, qt.scheme, qt.shape, torch.bfloat16),
+            "torch": lambda stored=stored, qt=qt: numerics.dequantize(parts.restore(stored, qt.scheme, qt.shape, "float32")).bfloat16(),
+        }
+        times: dict[str, list[float]] = {}
+        for _ in range(a.rounds + 1):
+            for which, run in runs.items():
+                started = time.perf_counter()
+                run()
+                times.setdefault(which, []).append(time.perf_counter() - started)
+        for which, found in times.items():
+            rows.append({"kind": "decode", "name": which, "format": name, "ms": quantiles([1e3 * value for value in found[1:]])})
+            print(f"{name:20s} {which:6s} {rows[-1]['ms'][1]:8.2f} ms", flush=True)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------------------ whole models
+
+
+def texts(a: argparse.Namespace) -> list[dict]:
+    import threading
+
+    from lowbit.runtime import Sampling, open_model
+    from lowbit.runtime.scheduler import Job, Scheduler
+
+    engine, rows = open_model(a.model, context=1024), []
+    engine.stops = frozenset()
+    prompt = engine.tokenizer("The history of the city of London begins with")["input_ids"]
+    for count in (1, 2, 4, 8):
+        scheduler, done = Scheduler(engine, count), threading.Semaphore(0)
+        tell = lambda piece, text, error, done=done: done.release() if error or text.finish else None
+        started = time.perf_counter()
+        for number in range(count):
+            scheduler.submit(Job([*prompt, 100 + number], Sampling(0), 128, (), tell))
+        for _ in range(count):
+            done.acquire()
+        rate = count * 128 / (time.perf_counter() - started)
+        scheduler.close()
+        rows.append({"kind": "texts", "model": Path(a.model).name, "texts": count, "tokens_per_s": round(rate, 1)})
+        print(f"{count} texts at once: {rate:.0f} tokens/s together", flush=True)
+    return rows
 
 
 def model(a: argparse.Namespace) -> list[dict]:
