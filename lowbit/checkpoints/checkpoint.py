@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,6 +67,19 @@ class LazyQuantized:
     load: Callable[[], QuantizedTensor]
     nbytes: int = 0
     rows: Callable[[int, int], QuantizedTensor] | None = None
+
+    def values(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        """What the codes stand for, float32: all rows in turn, about chunk_bytes of them at a time."""
+        (rows, columns), some = self.shape, self.rows
+        whole = None
+        if some is None:
+            qt = self.load()
+            some = partial(numerics.rows_of, qt)
+            whole = None if numerics.has_rows(self.scheme, columns) else numerics.dequantize(qt)
+        step = max(1, chunk_bytes // (4 * columns))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield numerics.dequantize(some(start, stop)) if whole is None else whole[start:stop]
 
 
 def plain_config(config: Mapping, where: object) -> dict:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import numerics
 from ..errors import CheckpointError, FormatError, LowbitError, RecipeError, ShapeError
-from ..numerics import parts
+from ..numerics import outliers, parts
 from ..scheme import INT, RANGES, SCALE_DTYPES, Rounding, Scheme
 from ..tensor import QuantizedTensor
 from . import safetensors
@@ -141,10 +141,16 @@ def _open_weight(name: str, entry: object, schemes: list[Scheme], tensors: Mappi
             raise CheckpointError(f"{path}: {prefix}{part} is {state}; a matrix {list(shape)} in {scheme.name} needs {dtypes[0]} {list(size)}.")
     found = {part: tensors[f"{prefix}{part}"] for part in expected if f"{prefix}{part}" in tensors}
 
-    def load() -> QuantizedTensor:
+    separable = numerics.has_rows(scheme, shape[1])
+
+    def rows(start: int, stop: int) -> QuantizedTensor:
+        some = {part: lazy.load() if part in outliers.OF_CHANNELS or not lazy.shape or not separable else lazy.read(start, stop) for part, lazy in found.items()}
         try:
-            return parts.restore({part: lazy.load() for part, lazy in found.items()}, scheme, shape, str(dtype))
+            return parts.restore(some, scheme, (stop - start, shape[1]), str(dtype))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
 
-    return LazyQuantized(scheme, shape, getattr(torch, str(dtype)), load, sum(lazy.nbytes for lazy in found.values())), {f"{prefix}{part}" for part in found}
+    def load() -> QuantizedTensor:
+        return rows(0, shape[0])
+
+    return LazyQuantized(scheme, shape, getattr(torch, str(dtype)), load, sum(lazy.nbytes for lazy in found.values()), rows if separable else None), {f"{prefix}{part}" for part in found}

@@ -16,7 +16,7 @@ from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
 from . import additive, cast, codebook, floating, ggml, hadamard, integer, lattice, outliers, ternary
 
-__all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "nbytes", "quantize", "refuse_bad_values", "scheme_of"]
+__all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "has_rows", "nbytes", "quantize", "refuse_bad_values", "rows_of", "scheme_of"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,17 @@ def dequantize(qt: QuantizedTensor) -> Tensor:
     """The values that the codes stand for, float32 [out_features, in_features]."""
     values = entry(qt.scheme).dequantize(qt)
     return values if qt.scheme.outliers is None else outliers.restore_(values, qt)
+
+
+def has_rows(scheme: Scheme, columns: int) -> bool:
+    """Whether such a matrix can be taken apart by output rows (rows_of)."""
+    return entry(scheme).rowwise(scheme, columns) or scheme.format == "nvfp4"  # each part of which keeps the factor of the whole
+
+
+def rows_of(qt: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Rows start to stop of a matrix that has_rows; views of its parts."""
+    parts = {name: value if name in outliers.OF_CHANNELS or value.ndim == 0 else value[start:stop] for name, value in qt.parts.items()}
+    return QuantizedTensor(qt.scheme, (stop - start, qt.shape[1]), qt.dtype, parts)
 
 
 def bits_per_weight(scheme: Scheme, shape: tuple[int, int]) -> float:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from .. import numerics
 from ..checkpoints import Checkpoint, LazyQuantized, open_checkpoint, target
@@ -155,23 +157,51 @@ def _compared(source: Checkpoint, output: Path, skeleton: sk.Skeleton, skipped: 
     exact, largest, errors = 0, 0.0, []
     with progress.step("Comparing", len(names)) as advance:
         for name in names:
-            before = numerics.dequantize(source.quantized[name].load())
-            if name in made.quantized:
-                after = numerics.dequantize(made.quantized[name].load())
-            else:
-                before = before.to(source.quantized[name].dtype).float()  # what a dense weight of its dtype holds of it
-                after = made.dense(name).float()
-                after = after.T if name in transposed else after
-            if torch.equal(before, after):
-                exact += 1
-            else:
-                largest = max(float((before - after).abs().max() / before.abs().max().clamp(min=1e-30)), largest)  # in this order NaN stays
-            if rounded:
-                errors.append(float((before - after).square().sum() / before.square().sum().clamp(min=1e-30)))
+            difference = _Difference()
+            for before, after in _both(source.quantized[name], made, name, name in transposed):
+                difference.add(before, after, rounded)
+            exact += difference.equal
+            largest = float(np.maximum(largest, difference.largest / max(difference.scale, 1e-30)))
+            errors.append(difference.error / max(difference.energy, 1e-30))
             advance(1)
     if not rounded and not largest <= ALLOWED:
         raise FormatError(f"what was made of it differs from the original by {largest:.2g} of a matrix's largest; it was not kept. Please report this.")
-    return Conversion(output, len(names), exact, largest, sum(errors) / len(errors) if errors else None, tuple(notes))
+    return Conversion(output, len(names), exact, largest, sum(errors) / len(errors) if rounded and errors else None, tuple(notes))
+
+
+@dataclass
+class _Difference:
+    """What was found between the rows of two matrices: equal bit for bit, the largest difference and magnitude, sums of squares of differences and values."""
+
+    equal: bool = True
+    largest: float = 0.0
+    scale: float = 0.0
+    error: float = 0.0
+    energy: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor, squares: bool) -> None:
+        self.scale = float(np.maximum(self.scale, float(before.abs().max())))  # which keeps NaN
+        if squares:
+            self.energy += float(before.square().sum())
+        if torch.equal(before, after):
+            return
+        difference = (before - after).abs_()
+        self.equal, self.largest = False, float(np.maximum(self.largest, float(difference.max())))
+        if squares:
+            self.error += float(difference.square_().sum())
+
+
+def _both(before: LazyQuantized, made: Checkpoint, name: str, transposed: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a matrix and of what was made of it, float32; where that is dense, as its dtype holds them."""
+    if name in made.quantized:
+        yield from zip(before.values(), made.quantized[name].values(), strict=True)
+        return
+    whole, start = made.dense(name).T if transposed else None, 0
+    for rows in before.values():
+        stop = start + len(rows)
+        after = made.tensors[name].read(start, stop) if whole is None else whole[start:stop]
+        yield rows.to(before.dtype).float(), after.float()
+        start = stop
 
 
 def _decoded(checkpoint: Checkpoint, names: list[str]) -> Checkpoint:

@@ -97,17 +97,17 @@ def _alike(linears: list[Linear], plans: dict[str, LayerPlan]) -> list[list[Line
         plan = plans.get(linear.name)
         if plan is None:
             continue
-        together = algorithm(plan.algorithm).rowwise and (numerics.entry(plan.scheme).rowwise(plan.scheme, linear.shape[1]) or plan.scheme.format == "nvfp4")
+        together = algorithm(plan.algorithm).rowwise and numerics.has_rows(plan.scheme, linear.shape[1])
         sets.setdefault((plan.scheme, plan.algorithm, plan.options, None if together else linear.name), []).append(linear)
     return list(sets.values())
 
 
 def _rows(qt: QuantizedTensor, rows: slice, dtype: str) -> QuantizedTensor:
     """Some output rows of a quantized matrix, as standing for a weight of the given dtype."""
-    if not numerics.entry(qt.scheme).rowwise(qt.scheme, qt.shape[1]) and qt.scheme.format != "nvfp4":
-        return QuantizedTensor(qt.scheme, qt.shape, dtype, qt.parts)
-    parts = {key: value.clone() if key in outliers.OF_CHANNELS or value.ndim == 0 else value[rows].contiguous() for key, value in qt.parts.items()}
-    return QuantizedTensor(qt.scheme, (rows.stop - rows.start, qt.shape[1]), dtype, parts)
+    if not numerics.has_rows(qt.scheme, qt.shape[1]):
+        return replace(qt, dtype=dtype)
+    some = numerics.rows_of(qt, rows.start, rows.stop)
+    return replace(some, dtype=dtype, parts={key: value.clone() for key, value in some.parts.items()})
 
 
 def _rounded(W: Tensor, plan: LayerPlan) -> Tensor:

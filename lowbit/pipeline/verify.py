@@ -157,7 +157,8 @@ def _check_structure(checkpoint: Checkpoint, progress: Progress) -> int:
     with progress.step("Reading every tensor", len(names)) as advance:
         for name in names:
             if name in checkpoint.quantized:
-                numerics.refuse_bad_values(numerics.dequantize(checkpoint.quantized[name].load()), name)
+                for rows in checkpoint.quantized[name].values():
+                    numerics.refuse_bad_values(rows, name)
             else:
                 for part in checkpoint.tensors[name].chunks():
                     if part.is_floating_point():

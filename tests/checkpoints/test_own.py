@@ -52,6 +52,8 @@ def test_every_format_comes_back_bit_for_bit(tmp_path, scheme):
     assert opened.kind == "lowbit" and not opened.tensors and opened.activations == activations
     assert (found.scheme, found.shape, found.dtype) == (scheme, qt.shape, "bfloat16") and found.parts.keys() == qt.parts.keys()
     assert all(torch.equal(found.parts[part], value) and found.parts[part].dtype == value.dtype for part, value in qt.parts.items())
+    decoded = torch.cat(list(opened.quantized[NAME].values(chunk_bytes=5 * 4 * 256)))  # five rows at a time
+    assert torch.equal(decoded.nan_to_num(), numerics.dequantize(qt).nan_to_num())
     stored = load_file(tmp_path / "model.lowbit.safetensors")
     assert {name.rpartition(".")[2] for name in stored} == parts.shapes(scheme, qt.shape).keys() - (set() if "g_idx" in qt.parts else set(parts.optional(scheme)))
     if scheme.outliers is None and scheme.format not in ("binary", "aqlm_1x10", "aqlm_1x12", "aqlm_2x12") and "zero_point" not in qt.parts:
@@ -61,8 +63,9 @@ def test_every_format_comes_back_bit_for_bit(tmp_path, scheme):
 def test_act_order_comes_back(tmp_path):
     qt = numerics.quantize(weights(), Scheme(bits=3))
     qt.parts["g_idx"] = torch.randint(0, 4, (256,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
-    found = open_checkpoint(written(qt, tmp_path)).quantized[NAME].load()
-    assert torch.equal(numerics.dequantize(found), integer.dequantize(qt))
+    entry = open_checkpoint(written(qt, tmp_path)).quantized[NAME]
+    assert torch.equal(numerics.dequantize(entry.load()), integer.dequantize(qt))
+    assert torch.equal(torch.cat(list(entry.values(chunk_bytes=5 * 4 * 256))), integer.dequantize(qt))
 
 
 @pytest.mark.parametrize("recipe", ["quip-2", "int3-asym-g32-out4-rtn", "int8-sym-channel-a8-rtn", "q4_0-rtn"])

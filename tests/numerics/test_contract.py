@@ -52,6 +52,16 @@ def test_a_decoded_weight_is_on_the_grid(scheme):
     assert float((second - first).square().sum()) <= 0.6 * float((first - W).square().sum()) + 1e-12
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme(bits=4, block=(1, 32), outliers=3)], ids=lambda s: s.name)
+def test_some_rows_decode_as_they_do_among_all(scheme):
+    qt = quantize(weights(), scheme)
+    if not numerics.has_rows(scheme, 512):
+        assert scheme.block[0] != 1 or scheme.format.startswith(("e8p", "aqlm")) or scheme.nested  # something is shared by all rows
+        return
+    some = numerics.rows_of(qt, 1, 4)
+    assert some.shape == (3, 512) and torch.equal(dequantize(some), dequantize(qt)[1:4])
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
 def test_stored_size(scheme):
     qt = quantize(weights(), scheme)

@@ -8,6 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.checkpoints import Checkpoint, LazyQuantized, open_checkpoint, own
+from lowbit.scheme import Scheme
+from lowbit.tensor import QuantizedTensor
+
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 4096, 320
 BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
 CONFIG = {
@@ -93,3 +97,29 @@ def test_evaluation_of_a_model_larger_than_the_memory_it_is_given(deep_model, fo
     print(f"models of {24 * BLOCK_BYTES / 1e6:.0f} and {6 * BLOCK_BYTES / 1e6:.0f} MB: peak RssAnon {answer['peak'] / 1e6:.0f} MB")
     assert rows == "2" and float(kl) > 0
     assert answer["peak"] < 24 * BLOCK_BYTES / 3
+
+
+CONVERT = """
+from lowbit.pipeline.convert import convert
+made = convert(model, "compressed-tensors", out)
+print(made.matrices, made.exact)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_quantized_embedding_is_decoded_some_rows_at_a_time(deep_model, fork_server, tmp_path):
+    """Into a layout that keeps embeddings dense. Its 134 million weights would take 537 MB in float32, twice that beside what was made of them."""
+    rows = 2**17
+    small, model = open_checkpoint(deep_model(1)), tmp_path / "model"
+    scheme = Scheme(bits=2, block=(1, 64))
+    codes = torch.randint(0, 4, (1, HIDDEN), dtype=torch.uint8).expand(rows, HIDDEN)
+    qt = QuantizedTensor(scheme, (rows, HIDDEN), "bfloat16", {"codes": codes, "scale": torch.rand(rows, HIDDEN // 64)})
+    name = "model.embed_tokens.weight"
+    tensors = {key: value for key, value in small.tensors.items() if key != name}
+    model.mkdir()
+    own.write(Checkpoint("safetensors", model, {**small.config, "vocab_size": rows}, tensors, {name: LazyQuantized(scheme, qt.shape, torch.bfloat16, lambda: qt)}), model)
+    answer = fork_server.run(CONVERT, model=model, out=tmp_path / "out")
+    assert answer["status"] == 0, answer["output"]
+    print(f"peak RssAnon {answer['peak'] / 1e6:.0f} MB")
+    assert answer["output"].split()[-2:] == ["1", "1"]
+    assert answer["peak"] < 1.25 * 4 * rows * HIDDEN
