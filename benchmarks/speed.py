@@ -32,7 +32,7 @@ import torch
 from gptq import commit, machine
 
 from lowbit import kernels, numerics
-from lowbit.kernels.native import native, threads
+from lowbit.native import native, threads
 from lowbit.pipeline import recipes
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"

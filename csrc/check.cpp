@@ -36,7 +36,7 @@ void products(const std::string& isa, int bits, int tables, Zeros zeros, Real sc
     for (auto& scale : s) scale = 0.01f + 0.01f * std::fabs(uniform(random));
     for (auto& zero : z) zero = zeros == Zeros::codes ? float(random() % (1u << bits)) : uniform(random);
     for (auto& value : x) value = uniform(random);
-    pack(w, memory.get(), 0, w.rows, codes.data(), s.data(), zeros == Zeros::constant ? nullptr : z.data());
+    pack(w, memory.get(), 0, {w.rows, codes.data(), s.data(), zeros == Zeros::constant ? nullptr : z.data()});
     const Kernels* k = kernels(isa);
     const int64_t blocks = w.cols / w.block;
     std::vector<int8_t> q(x.size());

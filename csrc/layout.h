@@ -1,7 +1,8 @@
 // How a quantized matrix lies in memory for the kernels, and how its inputs do.
 //
 // A matrix [rows, cols] is cut into tiles of 16 rows. A tile holds its scales [groups][16], then its zero-points [groups][16] (or nothing), then its codes, all in the order in which a
-// matrix-vector product reads them. Codes of b bits lie in planes; every plane's unit is 64 bytes, 16 rows of 4 bytes, and bit field j of byte i of row r is the code of input 4 j + i:
+// matrix-vector product reads them. Where scales are whole numbers times a float16 of a super-block (ggml's k-quants), a tile has them as int8 [groups][16], and after them the float16s
+// [super-blocks][16]; minima likewise. Codes of b bits lie in planes; every plane's unit is 64 bytes, 16 rows of 4 bytes, and bit field j of byte i of row r is the code of input 4 j + i:
 //
 //     bytes    8 bits     4 inputs a unit          8
 //     nibbles  4 bits     8 inputs                 4, the low bits of 5 and 6, tables of 16 values
@@ -12,6 +13,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+
+#include "blocks.h"
 
 namespace lowbit {
 
@@ -31,13 +34,14 @@ struct Matrix {
     Real scales = Real::f32;
     Zeros zeros = Zeros::constant;
     float zero = 0;
+    int64_t super = 0;           // groups of a super-block, a power of two; 0: each group has a scale of its own
     alignas(16) uint8_t table[2][16] = {};
     const uint8_t* data = nullptr;
     const int32_t* order = nullptr;  // [cols]: column k of the layout reads input order[k] (GPTQ's act-order); null: input k
 
     int64_t tiles() const { return (rows + ROWS - 1) / ROWS; }
     int64_t groups() const { return cols / group; }
-    int64_t scale_bytes() const { return groups() * ROWS * (scales == Real::f32 ? 4 : 2); }
+    int64_t scale_bytes() const { return super ? groups() * ROWS + groups() / super * ROWS * 2 : groups() * ROWS * (scales == Real::f32 ? 4 : 2); }
     int64_t zero_bytes() const { return zeros == Zeros::constant ? 0 : zeros == Zeros::codes ? groups() * ROWS : scale_bytes(); }
     int64_t head_bytes() const { return (scale_bytes() + zero_bytes() + 63) / 64 * 64; }
     int64_t block_bytes() const { return block * ROWS * bits / 8; }
@@ -101,6 +105,12 @@ struct Kernels {
     void (*gate)(float* gate, const float* up, int64_t n, int kind);  // gate = act(gate) * up; kind 0: SiLU, 1: GELU by tanh
     void (*to_half)(const float* x, uint16_t* y, int64_t n);
     void (*decode)(const Coded& w, int64_t first, int64_t last, void* out, bool half);  // rows first to last into out [rows][cols], float32 or bfloat16
+    bool (*encode)(const Encoding& e, int64_t first, int64_t last);  // blocks first to last; false: a scale does not fit float16
+    // The scales of groups first to last of x [groups][32], with weights w and the table of IQ4's 16 values by halves from -128 to 128.
+    void (*search_iq4)(const float* x, const float* w, const float* values, float lowest, int64_t first, int64_t last, float* scales);
+    void (*round_e8p)(const Lattice& l, const float* x, int64_t first, int64_t last, float* points, int64_t* codes);
+    // For each of x [n][8] the first column of table [8][count] with the largest product less half.
+    void (*nearest)(const float* table, const float* half, int64_t count, const float* x, int64_t first, int64_t last, int64_t* found);
 };
 
 int64_t panel_bytes(int64_t m);  // of matmul's scratch

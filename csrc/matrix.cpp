@@ -128,8 +128,8 @@ float get(const uint8_t* base, int64_t index, Real type) {
 
 }  // namespace
 
-void pack(const Matrix& w, uint8_t* data, int64_t first, int64_t count, const uint8_t* codes, const float* scales, const float* zeros) {
-    const int64_t groups = w.groups(), block_bytes = w.block_bytes();
+void pack(const Matrix& w, uint8_t* data, int64_t first, const Rows& rows) {
+    const int64_t groups = w.groups(), block_bytes = w.block_bytes(), count = rows.count;
     Place place[MAX_BLOCK][2];
     int planes = 1;
     for (int64_t k = 0; k < w.block; k++) planes = places(w.bits, k, place[k]);
@@ -138,14 +138,22 @@ void pack(const Matrix& w, uint8_t* data, int64_t first, int64_t count, const ui
         std::memset(tile, 0, size_t(w.tile_bytes()));
         for (int64_t r = 0; r < ROWS && t * ROWS + r < first + count; r++) {
             const int64_t row = t * ROWS + r - first;
-            for (int64_t g = 0; g < groups; g++) {
-                put(tile, g * ROWS + r, w.scales, scales[row * groups + g]);
-                if (w.zeros == Zeros::codes) tile[w.scale_bytes() + g * ROWS + r] = uint8_t(zeros[row * groups + g]);
-                if (w.zeros >= Zeros::reals) put(tile + w.scale_bytes(), g * ROWS + r, w.scales, zeros[row * groups + g]);
-            }
+            auto numbers = [&](uint8_t* to, const float* from, const float* factors) {
+                for (int64_t g = 0; g < groups; g++)
+                    if (w.super)
+                        to[g * ROWS + r] = uint8_t(int8_t(from[row * groups + g]));
+                    else
+                        put(to, g * ROWS + r, w.scales, from[row * groups + g]);
+                if (w.super)
+                    for (int64_t s = 0; s < groups / w.super; s++) put(to + groups * ROWS, s * ROWS + r, Real::f16, factors[row * (groups / w.super) + s]);
+            };
+            numbers(tile, rows.scales, rows.d);
+            if (w.zeros >= Zeros::reals) numbers(tile + w.scale_bytes(), rows.zeros, rows.dmin);
+            if (w.zeros == Zeros::codes)
+                for (int64_t g = 0; g < groups; g++) tile[w.scale_bytes() + g * ROWS + r] = uint8_t(rows.zeros[row * groups + g]);
             for (int64_t b = 0; b < w.cols / w.block; b++) {
                 uint8_t* out = tile + w.head_bytes() + b * block_bytes + r * 4;
-                const uint8_t* in = codes + row * w.cols + b * w.block;
+                const uint8_t* in = rows.codes + row * w.cols + b * w.block;
                 for (int64_t k = 0; k < w.block; k++)
                     for (int p = 0; p < planes; p++) {
                         const Place& at = place[k][p];
@@ -156,10 +164,28 @@ void pack(const Matrix& w, uint8_t* data, int64_t first, int64_t count, const ui
     }
 }
 
+void pack_blocks(const Matrix& w, uint8_t* data, int64_t first, int64_t count, const BlockType& type, const uint8_t* blocks) {
+    const int64_t groups = w.cols / type.group, supers = w.cols / type.weights, row_bytes = supers * type.bytes;
+    auto codes = std::make_unique<uint8_t[]>(size_t(ROWS * w.cols));
+    auto numbers = std::make_unique<float[]>(size_t(2 * ROWS * (groups + supers)));
+    float *scales = numbers.get(), *minima = scales + ROWS * groups, *d = minima + ROWS * groups, *dmin = d + ROWS * supers;
+    for (int64_t row = 0; row < count; row += ROWS) {
+        const int64_t some = count - row < ROWS ? count - row : ROWS;
+        for (int64_t r = 0; r < some; r++)
+            take_apart(type, blocks + (row + r) * row_bytes, w.cols, codes.get() + r * w.cols, scales + r * groups, minima + r * groups, d + r * supers, dmin + r * supers);
+        pack(w, data, first + row, {some, codes.get(), scales, minima, d, dmin});
+    }
+}
+
 void unpack_parts(const Matrix& w, int64_t row, uint8_t* codes, float* scales, float* zeros) {
     const int64_t r = row % ROWS;
     const uint8_t* tile = w.data + row / ROWS * w.tile_bytes();
     for (int64_t g = 0; g < w.groups(); g++) {
+        if (w.super) {
+            auto product = [&](const uint8_t* base) { return float(int8_t(base[g * ROWS + r])) * get(base + w.groups() * ROWS, g / w.super * ROWS + r, Real::f16); };
+            scales[g] = product(tile), zeros[g] = w.zeros == Zeros::minima ? product(tile + w.scale_bytes()) : w.zero;
+            continue;
+        }
         scales[g] = get(tile, g * ROWS + r, w.scales);
         zeros[g] = w.zeros == Zeros::codes ? float(tile[w.scale_bytes() + g * ROWS + r]) : w.zeros >= Zeros::reals ? get(tile + w.scale_bytes(), g * ROWS + r, w.scales) : w.zero;
     }

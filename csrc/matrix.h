@@ -17,8 +17,15 @@ Memory allocate(int64_t bytes);  // aligned to 64 bytes, not touched; std::bad_a
 const Kernels* kernels(const std::string& isa);
 bool supported(const std::string& isa);
 
-// Rows first to first + count of codes [count, cols], scales and zeros [count, groups] (zeros may be null) into data, which has w.bytes(). first is a multiple of ROWS.
-void pack(const Matrix& w, uint8_t* data, int64_t first, int64_t count, const uint8_t* codes, const float* scales, const float* zeros);
+// Rows as numbers: codes [count, cols], scales and zeros [count, groups] (zeros may be null); of super-blocks, scales and zeros are whole numbers, and d and dmin [count, groups / super].
+struct Rows {
+    int64_t count = 0;
+    const uint8_t* codes = nullptr;
+    const float *scales = nullptr, *zeros = nullptr, *d = nullptr, *dmin = nullptr;
+};
+// Rows from first on, a multiple of ROWS, into data, which has w.bytes().
+void pack(const Matrix& w, uint8_t* data, int64_t first, const Rows& rows);
+void pack_blocks(const Matrix& w, uint8_t* data, int64_t first, int64_t count, const BlockType& type, const uint8_t* blocks);  // of ggml, row after row
 // One row as numbers: out [cols].
 void unpack_row(const Matrix& w, int64_t row, float* out);
 // One row's codes [cols], scales and zero-points [groups].

@@ -7,7 +7,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 
 #include "bf16.h"
@@ -42,7 +44,7 @@ struct Packed {
 
     std::vector<int32_t> order;
 
-    Packed(int64_t rows, int64_t cols, int bits, int64_t group, int scales, int zeros, float zero, std::optional<std::vector<int>> table, std::optional<Array1<int32_t>> inputs, int64_t most) {
+    Packed(int64_t rows, int64_t cols, int bits, int64_t group, int scales, int zeros, float zero, std::optional<std::vector<int>> table, std::optional<Array1<int32_t>> inputs, int64_t most, int64_t super) {
         require(rows > 0 && cols > 0, "rows and cols must be positive");
         require(bits >= 1 && bits <= 8 && bits != 7, "bits must be 1, 2, 3, 4, 5, 6 or 8");
         require(group > 0 && cols % group == 0, "group must divide cols");
@@ -51,6 +53,9 @@ struct Packed {
         matrix.block = largest_block(bits, group, most);
         require(matrix.block > 0, "a group of " + std::to_string(group) + " holds no whole unit of codes of " + std::to_string(bits) + " bits");
         matrix.scales = Real(scales), matrix.zeros = Zeros(zeros), matrix.zero = zero;
+        require(super >= 0 && (super & (super - 1)) == 0 && (!super || (cols / group % super == 0 && (matrix.zeros == Zeros::constant || matrix.zeros == Zeros::minima))),
+                "super-blocks are of a power of two of groups, which divides those of a row, with minima or one zero-point");
+        matrix.super = super;
         if (table) {
             require(bits == 4 && (table->size() == 16 || table->size() == 32), "a table has 16 values of one byte, or twice 16 (high bytes, low bytes), for codes of 4 bits");
             matrix.tables = int(table->size() / 16);
@@ -73,6 +78,7 @@ struct Packed {
 
     void fill(int64_t first, Array2<uint8_t> codes, Array2<float> scales, std::optional<Array2<float>> zeros, int threads) {
         const int64_t count = int64_t(codes.shape(0));
+        require(!matrix.super, "scales of super-blocks come from ggml's blocks: fill_blocks");
         require(first % ROWS == 0 && first >= 0 && first + count <= matrix.rows, "rows to fill begin at a multiple of 16 and end within the matrix");
         require(int64_t(codes.shape(1)) == matrix.cols, "codes have another number of columns");
         require(int64_t(scales.shape(0)) == count && int64_t(scales.shape(1)) == matrix.groups(), "scales are [rows, groups]");
@@ -83,7 +89,21 @@ struct Packed {
         parallel(int(std::min<int64_t>(threads, tiles)), [&](int id, int total) {
             const int64_t from = tiles * id / total * ROWS, to = std::min(count, tiles * (id + 1) / total * ROWS);
             if (from < to)
-                pack(matrix, memory.get(), first + from, to - from, codes.data() + from * matrix.cols, scales.data() + from * groups, zeros ? zeros->data() + from * groups : nullptr);
+                pack(matrix, memory.get(), first + from, {to - from, codes.data() + from * matrix.cols, scales.data() + from * groups, zeros ? zeros->data() + from * groups : nullptr});
+        });
+    }
+
+    void fill_blocks(Array2<uint8_t> blocks, const std::string& name, int threads) {
+        const BlockType* type = block_type(name);
+        require(type != nullptr, "blocks of type '" + name + "' are not known here");
+        require(int64_t(blocks.shape(0)) == matrix.rows && matrix.cols % type->weights == 0 && int64_t(blocks.shape(1)) == matrix.cols / type->weights * type->bytes, "blocks are [rows, cols / weights * bytes of a block]");
+        require(matrix.group == type->group && matrix.bits >= type->bits && matrix.super == (type->super ? type->weights / type->group : 0) && !matrix.tables && !matrix.order, "the matrix has other groups than the blocks");
+        require(matrix.zeros == (type->minima ? Zeros::minima : Zeros::constant) && (type->super || matrix.scales != Real::bf16), "the matrix has other zero-points or scales than the blocks");
+        nb::gil_scoped_release release;
+        const int64_t tiles = matrix.tiles(), row_bytes = matrix.cols / type->weights * type->bytes;
+        parallel(int(std::min<int64_t>(threads, tiles)), [&](int id, int total) {
+            const int64_t from = tiles * id / total * ROWS, to = std::min(matrix.rows, tiles * (id + 1) / total * ROWS);
+            if (from < to) pack_blocks(matrix, memory.get(), from, to - from, *type, blocks.data() + from * row_bytes);
         });
     }
 
@@ -213,6 +233,63 @@ void decode(nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cp
     parallel(threads, [&](int id, int count) { k->decode(w, w.rows * id / count, w.rows * (id + 1) / count, out.data(), out.itemsize() == 2); });
 }
 
+bool encode(Array2<float> x, const std::string& name, std::optional<Array1<float>> importance, nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> out, int threads, const std::string& isa) {
+    const Kernels* k = chosen(isa);
+    const int64_t rows = int64_t(x.shape(0)), cols = int64_t(x.shape(1));
+    Encoding e;
+    e.type = block_type(name), e.x = x.data(), e.cols = cols, e.out = out.data();
+    require(e.type != nullptr && (e.type->super || (importance && e.type->bits < 8)), "blocks of type '" + name + "' are not made here");
+    require(cols % e.type->weights == 0 && int64_t(out.shape(0)) == rows && int64_t(out.shape(1)) == cols / e.type->weights * e.type->bytes, "out is [rows, cols / weights * bytes of a block]");
+    require(!importance || int64_t(importance->shape(0)) == cols, "importance is [cols]");
+    e.importance = importance ? importance->data() : nullptr;
+    nb::gil_scoped_release release;
+    std::vector<float> means(importance && !e.type->super ? size_t(rows) : 0);
+    e.means = means.empty() ? nullptr : means.data();
+    const int64_t per_row = cols / e.type->weights;
+    std::atomic<bool> fine = true;
+    parallel(int(std::min<int64_t>(threads, std::max<int64_t>(rows, 1))), [&](int id, int count) {
+        const int64_t first = rows * id / count, last = rows * (id + 1) / count;
+        for (int64_t r = first; r < last && e.means; r++) {
+            double sum = 0;
+            for (int64_t c = 0; c < cols; c++) sum += double(e.x[r * cols + c]) * double(e.x[r * cols + c]);
+            means[size_t(r)] = float(sum / double(cols));
+        }
+        if (!k->encode(e, first * per_row, last * per_row)) fine = false;
+    });
+    return fine;
+}
+
+void in_parts(int threads, int64_t count, int64_t least, const std::function<void(int64_t, int64_t)>& run) {
+    nb::gil_scoped_release release;
+    parallel(int(std::max<int64_t>(1, std::min<int64_t>(threads, count / least))), [&](int id, int total) { run(count * id / total, count * (id + 1) / total); });
+}
+
+void search_iq4(Array2<float> x, Array2<float> w, Array1<float> values, float lowest, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, int threads, const std::string& isa) {
+    const Kernels* k = chosen(isa);
+    const int64_t groups = int64_t(x.shape(0));
+    require(int64_t(x.shape(1)) == 32 && int64_t(w.shape(0)) == groups && int64_t(w.shape(1)) == 32 && int64_t(out.shape(0)) == groups && values.shape(0) == 513, "x and w are [groups, 32], values [513], out [groups]");
+    in_parts(threads, groups, 64, [&](int64_t first, int64_t last) { k->search_iq4(x.data(), w.data(), values.data(), lowest, first, last, out.data()); });
+}
+
+using Codes1 = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void round_e8p(Array2<float> x, Array2<float> table, Array1<float> half, Array1<int32_t> row_of, Array1<uint8_t> odd_row, Out2<float> points, Codes1 codes, int threads, const std::string& isa) {
+    const Kernels* k = chosen(isa);
+    const int64_t n = int64_t(x.shape(0)), count = int64_t(half.shape(0));
+    require(x.shape(1) == 8 && points.shape(1) == 8 && int64_t(points.shape(0)) == n && int64_t(codes.shape(0)) == n, "x and points are [n, 8], codes [n]");
+    require(table.shape(0) == 8 && int64_t(table.shape(1)) == count && count > 0 && count % 16 == 0 && row_of.shape(0) == 6561 && odd_row.shape(0) == 256, "table is [8, count], half [count], of a multiple of 16; row_of [6561], odd_row [256]");
+    for (int64_t i = 0; i < 6561; i++) require(row_of.data()[i] < 256, "row_of names rows below 256");
+    const Lattice l{count, table.data(), half.data(), row_of.data(), odd_row.data()};
+    in_parts(threads, n, 64, [&](int64_t first, int64_t last) { k->round_e8p(l, x.data(), first, last, points.data(), codes.data()); });
+}
+
+void nearest(Array2<float> x, Array2<float> table, Array1<float> half, Codes1 found, int threads, const std::string& isa) {
+    const Kernels* k = chosen(isa);
+    const int64_t n = int64_t(x.shape(0)), count = int64_t(half.shape(0));
+    require(x.shape(1) == 8 && table.shape(0) == 8 && int64_t(table.shape(1)) == count && count > 0 && count % 16 == 0 && int64_t(found.shape(0)) == n, "x is [n, 8], table [8, count], half [count], of a multiple of 16, found [n]");
+    in_parts(threads, n, 64, [&](int64_t first, int64_t last) { k->nearest(table.data(), half.data(), count, x.data(), first, last, found.data()); });
+}
+
 using Half4 = nb::ndarray<uint16_t, nb::ndim<4>, nb::device::cpu>;  // bfloat16, [batch, heads, length, dim]
 
 Heads<uint16_t> heads_of(const Half4& x, int64_t batch, int64_t heads, int64_t length, int64_t dim, const char* name) {
@@ -256,8 +333,9 @@ NB_MODULE(_native, m) {
     m.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads are used: openmp (the runtime that is loaded already) or own.");
     m.def("largest_block", &largest_block, "bits"_a, "group"_a, "most"_a = MAX_BLOCK);
     nb::class_<Packed>(m, "Packed", "A matrix [rows, cols] of codes in groups, in the kernels' layout.")
-        .def(nb::init<int64_t, int64_t, int, int64_t, int, int, float, std::optional<std::vector<int>>, std::optional<Array1<int32_t>>, int64_t>(), "rows"_a, "cols"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a,
-             "zero"_a, "table"_a.none(), "order"_a.none() = nb::none(), "block"_a = MAX_BLOCK)
+        .def(nb::init<int64_t, int64_t, int, int64_t, int, int, float, std::optional<std::vector<int>>, std::optional<Array1<int32_t>>, int64_t, int64_t>(), "rows"_a, "cols"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a,
+             "zero"_a, "table"_a.none(), "order"_a.none() = nb::none(), "block"_a = MAX_BLOCK, "super"_a = 0)
+        .def("fill_blocks", &Packed::fill_blocks, "blocks"_a, "type"_a, "threads"_a = 1)
         .def("fill", &Packed::fill, "first"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "threads"_a = 1)
         .def("row", &Packed::row, "index"_a, "out"_a)
         .def_prop_ro("nbytes", [](const Packed& p) { return p.matrix.bytes(); })
@@ -275,6 +353,10 @@ NB_MODULE(_native, m) {
         chosen(isa)->round(x.data(), cols, rows, {cols, block, codes.data(), scales.data(), sums.data()});
     }, "x"_a, "block"_a, "codes"_a, "scales"_a, "sums"_a, "isa"_a = "");
 
+    m.def("encode", &encode, "x"_a, "type"_a, "importance"_a.none(), "out"_a, "threads"_a, "isa"_a = "", "ggml's blocks of x [rows, cols]; False where a scale does not fit float16.");
+    m.def("search_iq4", &search_iq4, "x"_a, "w"_a, "values"_a, "lowest"_a, "out"_a, "threads"_a, "isa"_a = "");
+    m.def("round_e8p", &round_e8p, "x"_a, "table"_a, "half"_a, "row_of"_a, "odd_row"_a, "points"_a, "codes"_a, "threads"_a, "isa"_a = "");
+    m.def("nearest", &nearest, "x"_a, "table"_a, "half"_a, "found"_a, "threads"_a, "isa"_a = "");
     m.def("decode", &decode, "words"_a, "bits"_a, "table"_a, "scales"_a, "zeros"_a.none(), "out"_a, "threads"_a, "isa"_a = "", "through_half"_a = false);
     using Lse = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
     m.def("attention_supported", &bf16_supported, "Whether this processor runs attention and attention_backward.");

@@ -56,6 +56,11 @@ struct Vec {
         const uint16x8_t l = vmovl_u8(vget_low_u8(b)), h = vmovl_u8(vget_high_u8(b));
         return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(l))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(l))), vcvtq_f32_u32(vmovl_u16(vget_low_u16(h))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(h)))}};
     }
+    static Floats load_i8(const int8_t* p) {
+        const int8x16_t b = vld1q_s8(p);
+        const int16x8_t l = vmovl_s8(vget_low_s8(b)), h = vmovl_s8(vget_high_s8(b));
+        return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(l))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(l))), vcvtq_f32_s32(vmovl_s16(vget_low_s16(h))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(h)))}};
+    }
     static Floats from(Ints a) { return each<Floats>([&](int i) { return vcvtq_f32_s32(a.v[i]); }); }
     static Floats mul(Floats a, Floats b) { return each<Floats>([&](int i) { return vmulq_f32(a.v[i], b.v[i]); }); }
     static Floats plus(Floats a, Floats b) { return each<Floats>([&](int i) { return vaddq_f32(a.v[i], b.v[i]); }); }

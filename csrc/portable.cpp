@@ -42,6 +42,7 @@ struct Vec {
     static Floats load_f16(const uint16_t* p);
     static Floats load_bf16(const uint16_t* p);
     static Floats load_u8(const uint8_t* p) { return each<Floats>([&](int i) { return float(p[i]); }); }
+    static Floats load_i8(const int8_t* p) { return each<Floats>([&](int i) { return float(p[i]); }); }
     static Floats from(Ints a) { return each<Floats>([&](int i) { return float(a.v[i]); }); }
     static Floats mul(Floats a, Floats b) { return each<Floats>([&](int i) { return a.v[i] * b.v[i]; }); }
     static Floats plus(Floats a, Floats b) { return each<Floats>([&](int i) { return a.v[i] + b.v[i]; }); }

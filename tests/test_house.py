@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "lowbit"
 FLOORS = {
-    "errors": 0, "scheme": 0, "tensor": 0, "stats": 0, "recipe": 0, "progress": 0,
+    "errors": 0, "scheme": 0, "tensor": 0, "stats": 0, "recipe": 0, "progress": 0, "native": 0,
     "numerics": 1,
     "kernels": 2,
     "algorithms": 3, "checkpoints": 3,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import native, threads
+from ..native import native, threads
 
 LARGEST_DIM = 256
 

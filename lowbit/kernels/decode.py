@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..native import native, threads
 from ..numerics import codebook, floating, parts, ternary
 from ..scheme import INT, Scheme
 from ..tensor import QuantizedTensor
-from .native import native, threads
 
 UNIT = 32  # columns
 

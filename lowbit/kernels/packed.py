@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..native import native, threads
 from ..numerics import affine, codebook, floating, ggml, integer, ternary
 from ..scheme import INT, Scheme
 from ..tensor import QuantizedTensor
-from .native import native, threads
 
 CHUNK = 1 << 22  # weights that are packed at once
 REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -121,6 +121,11 @@ def pack(qt: QuantizedTensor) -> PackedMatrix:
     bits = next((width for width in WIDER[plan.bits] if module.largest_block(width, group)), 0)
     if not bits:
         raise FormatError(f"groups of {group} of {cols} columns are no multiple of 8, which the native kernels need.")
+    if (blocks := qt.parts.get("blocks")) is not None and qt.scheme.format not in ggml.TABLES:
+        per_block = ggml.BLOCK_TYPES[qt.scheme.format].block_size // group
+        held = module.Packed(rows, cols, bits, group, REALS[torch.float16], plan.kind, plan.zero, None, super=per_block if per_block > 1 else 0)
+        held.fill_blocks(blocks.contiguous().numpy(), qt.scheme.format, threads())
+        return PackedMatrix(held, qt.shape)
     dtype = scale_dtype_of(qt)
     held = module.Packed(rows, cols, bits, group, REALS[dtype], plan.kind, plan.zero, None if plan.table is None else list(plan.table), None if order is None else order.int().numpy())
     for first, codes, scale, zero in chunks_of(qt, plan, group, order):
@@ -147,7 +152,7 @@ def group_of(qt: QuantizedTensor) -> int:
 
 
 def scale_dtype_of(qt: QuantizedTensor) -> torch.dtype:
-    """The type of scales and zero-points in the layout: the stored one where both have it; k-quants' products in float16 where they fit, which rounds them by at most 2^-12."""
+    """The type of scales and zero-points in a layout of one scale for each group: the stored one where both have it; ggml's products in float16 where they fit (rounded by at most 2^-12)."""
     name = qt.scheme.format
     if name == INT:
         dtype, zero = qt.parts["scale"].dtype, qt.parts.get("zero_point")

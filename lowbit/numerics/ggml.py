@@ -28,12 +28,14 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, RecipeError, ShapeError
+from ..native import native, threads
 from ..scheme import Scheme
 from .ggml_iquants import SHARES, decode_grid
 from .ggml_kquants import (
     FINE_TRIALS,
     KQUANTS,
     SUPER_BLOCK,
+    TOO_LARGE,
     as_half,
     encode_super_blocks,
     join_fields,
@@ -114,6 +116,7 @@ _LEGACY = {
 
 # Weights of one pass. Its dozen float32 buffers take at most 32 MB; a CPU is faster when they stay in its cache.
 _CPU_CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 19
+_NATIVE_CHUNK = 1 << 22  # of the C++ encoders, which need no buffers
 
 # About the share of the mean that a column of importance 0 counts for: ggml would store zeros for a block of them.
 _LEAST_IMPORTANCE = 1e-6
@@ -150,14 +153,18 @@ def encode(W: Tensor, type_name: str, *, importance: Tensor | None = None) -> Te
     if importance is not None:
         importance = _relative_importance(importance, W)
     blocks = torch.empty(W.shape[0], W.shape[1] // kind.block_size * kind.block_bytes, dtype=torch.uint8, device=W.device)
-    for part in _row_chunks(W):
+    extension = native() if W.device.type == "cpu" and (kind.name in KQUANTS or (kind.name in _LEGACY and kind.name != "q8_0" and importance is not None)) else None
+    for part in _row_chunks(W, _CPU_CHUNK if extension is None else _NATIVE_CHUNK):
         X = W[part].detach().float().contiguous()
         # A finite sum proves all values finite in one pass; an infinite one can also be an overflow.
         if not torch.isfinite(X.sum()) and not torch.isfinite(X).all():
             raise FormatError(
                 f"{kind.name}: NaN or infinity among rows {part.start} to {part.stop - 1}; a block holds finite weights only."
             )
-        blocks[part] = _encode_rows(X, kind, importance).view(X.shape[0], -1)
+        if extension is None:
+            blocks[part] = _encode_rows(X, kind, importance).view(X.shape[0], -1)
+        elif not extension.encode(X.numpy(), kind.name, None if importance is None else importance.numpy(), blocks[part].numpy(), threads()):
+            raise FormatError(TOO_LARGE)
     return blocks
 
 
@@ -324,8 +331,8 @@ def _relative_importance(importance: Tensor, W: Tensor) -> Tensor:
     return torch.ones_like(importance) if mean == 0 else (importance.double() * 2.0 ** -math.frexp(mean)[1]).float().clamp_min_(_LEAST_IMPORTANCE)
 
 
-def _row_chunks(W: Tensor) -> list[slice]:
-    size = _CPU_CHUNK if W.device.type == "cpu" else _DEVICE_CHUNK
+def _row_chunks(W: Tensor, size: int = _CPU_CHUNK) -> list[slice]:
+    size = size if W.device.type == "cpu" else _DEVICE_CHUNK
     step = max(1, size // max(1, W.shape[1]))
     return [slice(start, min(start + step, W.shape[0])) for start in range(0, W.shape[0], step)]
 

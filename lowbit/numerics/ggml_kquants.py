@@ -10,7 +10,8 @@ The searches over trial ranges are those of ggml (ggml/src/ggml-quants.c: make_q
 make_qp_quants), over a wider set. What follows differs from it: each group's integer scale is weighted by the error that a change of
 it causes, and codes, integer scales and float16s are refitted once by least squares. Codes round half to even.
 
-Blocks are the last dimension here ([elements of a group, groups]), so that every sum over a group is a vectorised sum over rows.
+Blocks are the last dimension here ([elements of a group, groups]), so that every sum over a group is a vectorised sum over rows. On a CPU the same searches run in
+C++ where that was built (csrc/encode.inc); this is what they mean, what other devices run, and the oracle of their tests.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..errors import FormatError
 
 SUPER_BLOCK = 256
+TOO_LARGE = "weights are too large for the float16 scales of ggml's blocks, which end at 65504."
 
 # Below this share of what its terms have, a least-squares determinant is rounding noise.
 SINGULAR = 1e-5
@@ -310,7 +312,7 @@ def as_half(scale: Tensor) -> Tensor:
     """The float16 that a block stores; raises FormatError when it overflows."""
     half = scale.half()
     if not torch.isfinite(half).all():
-        raise FormatError("weights are too large for the float16 scales of ggml's blocks, which end at 65504.")
+        raise FormatError(TOO_LARGE)
     return half
 
 

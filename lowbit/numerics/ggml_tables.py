@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..native import native, threads
 from .ggml_kquants import as_half, join_fields, read_half, reciprocal, signed_peak, split_fields
 
 IQ4_VALUES = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
@@ -190,7 +191,16 @@ def _search_iq4(X: Tensor, importance: Tensor | None) -> Tensor:
         spread = _ordered_sum(square.t().contiguous()) * (2 / X.shape[1])
         # torch's root of a float32 is not always the nearest one; that of a float64, rounded, is.
         W = square.add_(spread.unsqueeze(1)).double().sqrt_().float().mul_(importance)
-    X, W = X.view(-1, _IQ4_GROUP), W.view(-1, _IQ4_GROUP).t().contiguous()
+    X, W = X.view(-1, _IQ4_GROUP), W.view(-1, _IQ4_GROUP)
+    if (extension := native() if X.device.type == "cpu" else None) is not None:  # the same in C++
+        found = torch.empty(len(X))
+        extension.search_iq4(X.contiguous().numpy(), W.contiguous().numpy(), _iq4_values().numpy(), IQ4_VALUES[0], found.numpy(), threads())
+        return found
+    return _search_iq4_groups(X, W.t().contiguous())
+
+
+def _search_iq4_groups(X: Tensor, W: Tensor) -> Tensor:
+    """_search_iq4 of groups X [groups, 32] with the weights W [32, groups] of their errors, in torch: what the C++ code means, and its oracle."""
     peak = signed_peak(X).squeeze(1)
     X = X.t().contiguous()
     empty = peak.abs() < _IQ4_LEAST
@@ -198,7 +208,7 @@ def _search_iq4(X: Tensor, importance: Tensor | None) -> Tensor:
     # Dividends and divisors are tensors: torch would multiply a number by a reciprocal, which rounds twice.
     lowest = peak.new_tensor(IQ4_VALUES[0])
     trials = [(-peak / lowest).reciprocal(), *((lowest + step) / peak for step in range(-_IQ4_TRIALS, _IQ4_TRIALS + 1))]
-    values = take(IQ4_VALUES, _iq4_codes(X.device))
+    values = _iq4_values(X.device)
     best_scale = best_gain = torch.zeros_like(peak)
     terms = X.new_empty(_IQ4_GROUP, 2, X.shape[1])
     for trial, inverse in enumerate(trials):
@@ -229,6 +239,11 @@ def _iq4_codes(device: torch.device) -> Tensor:
     values = torch.tensor(IQ4_VALUES, device=device)
     halves = torch.arange(-256, 257, device=device) / 2
     return torch.bucketize(halves, (values[:-1] + values[1:]) / 2, right=True).to(torch.uint8)
+
+
+def _iq4_values(device: torch.device | str = "cpu") -> Tensor:
+    """The value float32 [513] of every half from -128 to 128."""
+    return take(IQ4_VALUES, _iq4_codes(torch.device(device)))
 
 
 def _ordered_sum(terms: Tensor) -> Tensor:

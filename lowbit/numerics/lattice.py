@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..native import native, threads
 from ..scheme import RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
 from . import hadamard, packing
@@ -121,8 +123,32 @@ def _folded() -> tuple[Tensor, Tensor]:
     return table.T.contiguous(), table.square().sum(1) / 2
 
 
+def round_points(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The point of E8P nearest to each of x float32 [n, 8], and its code, int64 [n]; of a tie the one with + 1/4. On a CPU in C++ where that was built."""
+    extension = native() if x.device.type == "cpu" else None
+    if extension is None:
+        code = encode(x)
+        return points()[code], code
+    x = x.contiguous()
+    value, code = torch.empty_like(x), torch.empty(len(x), dtype=torch.int64)
+    extension.round_e8p(x.numpy(), *_arrays(), value.numpy(), code.numpy(), threads())
+    return value, code
+
+
+@lru_cache(maxsize=1)
+def _arrays() -> tuple[np.ndarray, ...]:
+    """What the C++ code needs of the tables: folded rows and halves of their norms (padded to a multiple of 16), rows by digits, which rows are odd."""
+    return *_padded(*_folded()), _row_of().int().numpy(), _odd_rows().to(torch.uint8).numpy()
+
+
+def _padded(table: Tensor, half: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates [8, count] and halves of their squared norms, with some more that are never the nearest."""
+    more = -len(half) % 16
+    return torch.nn.functional.pad(table, (0, more)).contiguous().numpy(), torch.nn.functional.pad(half, (0, more), value=float("inf")).numpy()
+
+
 def encode(x: Tensor) -> Tensor:
-    """The code of the point of E8P nearest to each of x float32 [n, 8], int64 [n]; of a tie the one with + 1/4."""
+    """The codes of round_points, in torch: what the C++ code means, and its oracle."""
     if len(x) > CHUNK:
         return torch.cat([encode(part) for part in x.split(CHUNK)])
     plus, minus = _half_integers(x + 0.25), _half_integers(x - 0.25)  # minus: shift + 1/4
@@ -168,18 +194,26 @@ def _among_rows(y: Tensor) -> Tensor:
 def encode_e81b(x: Tensor) -> Tensor:
     """The place of the nearest of 256 points of E8, int64 [n]."""
     grid = e81b()
+    extension = native() if x.device.type == "cpu" else None
+    if extension is not None:
+        found = torch.empty(len(x), dtype=torch.int64)
+        extension.nearest(x.contiguous().numpy(), *_padded(grid.T, grid.square().sum(1) / 2), found.numpy(), threads())
+        return found
     return torch.cat([torch.addmm(grid.square().sum(1).neg(), part, grid.T, alpha=2).argmax(1) for part in x.split(CHUNK)]) if len(x) else x.new_zeros(0, dtype=torch.int64)
 
 
 def round_vectors(x: Tensor, kind: Kind, residual: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """x float32 [n, 8] on the grid of a kind: values [n, 8], codes [n], codes of the second stage [n] or None."""
-    code = encode(x)
-    value = points()[code]
+    value, code = round_points(x)
     if residual is None:
         return value, code, None
     rest = (x - value).mul_(residual)
-    second = encode(rest) if kind.bits == 4 else encode_e81b(rest)
-    return value + (points() if kind.bits == 4 else e81b())[second] / residual, code, second
+    if kind.bits == 4:
+        step, second = round_points(rest)
+    else:
+        second = encode_e81b(rest)
+        step = e81b()[second]
+    return value + step / residual, code, second
 
 
 # ------------------------------------------------------------------------------------------------------------------ matrices

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.native import threads
+from ..native import threads
 from ..pipeline import resources
 from .decoder import NativeModel
 from .engine import Engine

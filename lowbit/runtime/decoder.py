@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..errors import FormatError, ModelError, RecipeError
 from ..kernels import can_pack, instruction_sets, native, pack, why_not
-from ..kernels.native import threads as default_threads
 from ..kernels.packed import REALS
 from ..models import skeleton as sk
 from ..models.skeleton import Skeleton
+from ..native import threads as default_threads
 from ..progress import SILENT, Progress
 
 FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite")

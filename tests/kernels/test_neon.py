@@ -14,7 +14,7 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"needs {COMPILER} and {EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user)")
 def test_neon_kernels_under_an_emulator(tmp_path):
-    for name in ("neon", "portable", "avx2", "avx512", "matrix", "check"):
+    for name in ("neon", "portable", "avx2", "avx512", "matrix", "blocks", "check"):
         more = ["-march=armv8.2-a+dotprod"] if name == "neon" else []
         subprocess.run([COMPILER, *FLAGS, *more, "-c", CSRC / f"{name}.cpp", "-o", tmp_path / f"{name}.o"], check=True)
     subprocess.run([COMPILER, "-static", *tmp_path.glob("*.o"), "-o", tmp_path / "check"], check=True)

@@ -1,4 +1,4 @@
-"""The C++ extension, or why there is none."""
+"""The C++ extension (csrc/), or why there is none."""
 
 from __future__ import annotations
 
