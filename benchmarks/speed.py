@@ -4,6 +4,7 @@
     python benchmarks/speed.py model MODEL.gguf --llama-bench PATH/llama-bench [--against OTHER.gguf] [--rounds 5]
     python benchmarks/speed.py attention [--rounds 9]
     python benchmarks/speed.py decode [--rounds 9]
+    python benchmarks/speed.py encode --ggml FOLDER [--rounds 5]
     python benchmarks/speed.py texts MODEL.gguf
     python benchmarks/speed.py random FOLDER --tokenizer FOLDER       a Llama of 1.1B (TinyLlama's shape) with random weights, to quantize
 
@@ -12,7 +13,9 @@ in every round. bandwidth: sums of float32 over 256 MB, in the same rounds. Besi
 onnxruntime's MatMulNBits (accuracy_level 4, groups of 128); with --ggml, the folder of libggml-cpu.so, ggml_mul_mat (one graph of all copies, so that its threads start once).
 model: prompts of 128 and 512 tokens and 64 generated ones, `lowbit` and llama-bench in turns (with --against, llama-bench on another file of the same model).
 attention: over whole sequences in bfloat16, causal, forward alone and with gradients, ours and torch's in turns.
-decode: a packed matrix of 5632 x 2048 to bfloat16, in C++ and by numerics in torch. texts: 1, 2, 4 and 8 texts at once through the endpoint's scheduler, 128 tokens each.
+decode: a packed matrix of 5632 x 2048 to bfloat16, in C++ and by numerics in torch. encode: a matrix of 4096 x 4096 into ggml's blocks, with and without an importance of its columns, beside
+ggml_quantize_chunk (rows shared out between as many threads), and the squared error, weighted by the importance, relative to its.
+texts: 1, 2, 4 and 8 texts at once through the endpoint's scheduler, 128 tokens each.
 Quantiles 20, 50 and 80 of the rounds are appended to benchmarks/results/speed.jsonl with the commit.
 """
 
@@ -46,7 +49,7 @@ def main() -> None:
         (ort_child if sys.argv[1] == "--ort" else ggml_child)(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["layers", "model", "attention", "decode", "texts", "random"])
+    parser.add_argument("what", choices=["layers", "model", "attention", "decode", "encode", "texts", "random"])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--ggml", type=Path)
@@ -59,7 +62,7 @@ def main() -> None:
     if a.what == "random":
         random_llama(Path(a.model), a.tokenizer)
         return
-    rows = {"layers": layers, "model": model, "attention": attention, "decode": decode, "texts": texts}[a.what](a)
+    rows = {"layers": layers, "model": model, "attention": attention, "decode": decode, "encode": encode, "texts": texts}[a.what](a)
     with RESULTS.open("a") as file:
         for row in rows:
             file.write(json.dumps({**row, "commit": commit(), "machine": machine()}) + "\n")
@@ -281,6 +284,46 @@ def decode(a: argparse.Namespace) -> list[dict]:
         for which, found in times.items():
             rows.append({"kind": "decode", "name": which, "format": name, "ms": quantiles([1e3 * value for value in found[1:]])})
             print(f"{name:20s} {which:6s} {rows[-1]['ms'][1]:8.2f} ms", flush=True)
+    return rows
+
+
+def encode(a: argparse.Namespace) -> list[dict]:
+    import ctypes
+    from concurrent.futures import ThreadPoolExecutor
+
+    from lowbit.numerics import ggml
+
+    theirs = ctypes.CDLL(str(a.ggml / "libggml-base.so"))
+    chunk = theirs.ggml_quantize_chunk
+    chunk.restype, chunk.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    torch.manual_seed(0)
+    size, count, rows = 4096, threads(), []
+    W, importance = torch.randn(size, size) * 0.02, torch.rand(size).square() + 0.01
+    pool = ThreadPoolExecutor(count)
+    for name in ("q4_0", "q5_0", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq2_0", "ggml_mxfp4"):
+        kind = ggml.BLOCK_TYPES[name]
+        theirs.ggml_quantize_init(kind.type_id)
+        for weighted in (False, True):
+            given = importance if weighted else None
+            made = torch.empty(size, size // kind.block_size * kind.block_bytes, dtype=torch.uint8)
+            part = lambda k, kind=kind, made=made, given=given: chunk(
+                kind.type_id, W.data_ptr(), made.data_ptr(), size * k // count * size, size * (k + 1) // count - size * k // count, size, None if given is None else given.data_ptr()
+            )
+            runs: dict[str, Callable[[], object]] = {"lowbit": lambda name=name, given=given: ggml.encode(W, name, importance=given), "libggml": lambda part=part: list(pool.map(part, range(count)))}
+            times: dict[str, list[float]] = {}
+            for _ in range(a.rounds + 1):
+                for which, run in runs.items():
+                    started = time.perf_counter()
+                    run()
+                    times.setdefault(which, []).append(time.perf_counter() - started)
+            error = lambda blocks, name=name, given=given: float(((ggml.decode(blocks, name) - W).square() * (1 if given is None else given)).sum())
+            ratio = error(ggml.encode(W, name, importance=given)) / error(made)
+            for which, found in times.items():
+                rates = quantiles([size * size / value / 1e6 for value in found[1:]])
+                rows.append({"kind": "encode", "name": which, "format": name, "weighted": weighted, "weights_per_us": rates, "error_of_libggml": round(ratio, 4)})
+            ours, other = rows[-2]["weights_per_us"][1], rows[-1]["weights_per_us"][1]
+            print(f"{name:12s} {'with' if weighted else 'no':4s} importance: {ours:7.1f} million weights/s, libggml {other:7.1f} ({ours / other:.2f} times), error {ratio:.4f} of its", flush=True)
+    pool.shutdown()
     return rows
 
 

@@ -36,4 +36,16 @@ struct Lattice {
     const uint8_t *odd_row = nullptr;  // [256]
 };
 
+// Some columns of GPTQ's loop (lowbit/algorithms/gptq.py), [columns][rows]; scales and what belongs to them [shares][rows].
+struct Panel {
+    static constexpr int64_t MOST = 64;  // columns
+    int64_t rows = 0, columns = 0, first = 0, last = 0;  // first to last are rounded, all behind them get the feedback
+    float *W = nullptr, *Q = nullptr, *error = nullptr;
+    const float *U = nullptr, *P = nullptr;  // [columns][columns]; P may be null
+    const float *divisor = nullptr, *scale = nullptr, *offset = nullptr, *low = nullptr, *high = nullptr;  // the last three may be null
+    const int64_t* share = nullptr;  // of each column
+    const float* inverse = nullptr;  // of the diagonal
+    float least = 0, most = 0;
+};
+
 }  // namespace lowbit

@@ -106,6 +106,8 @@ struct Kernels {
     void (*to_half)(const float* x, uint16_t* y, int64_t n);
     void (*decode)(const Coded& w, int64_t first, int64_t last, void* out, bool half);  // rows first to last into out [rows][cols], float32 or bfloat16
     bool (*encode)(const Encoding& e, int64_t first, int64_t last);  // blocks first to last; false: a scale does not fit float16
+    void (*feedback)(const Panel& p, int64_t first, int64_t last);  // rows first to last: q and the error of each column, which is taken off those behind it
+    void (*descend)(const Panel& p, int64_t first, int64_t last);   // the same for a sweep of coordinate descent: W is the gradient, U the Hessian, error the step
     // The scales of groups first to last of x [groups][32], with weights w and the table of IQ4's 16 values by halves from -128 to 128.
     void (*search_iq4)(const float* x, const float* w, const float* values, float lowest, int64_t first, int64_t last, float* scales);
     void (*round_e8p)(const Lattice& l, const float* x, int64_t first, int64_t last, float* points, int64_t* codes);

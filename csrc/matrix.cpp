@@ -20,7 +20,7 @@ Memory allocate(int64_t bytes) {
     void* p = std::aligned_alloc(size_t(unit), size_t((bytes + unit - 1) / unit * unit));
     if (!p) throw std::bad_alloc();
 #if defined(__linux__)
-    if (unit == LARGE) madvise(p, size_t((bytes + unit - 1) / unit * unit), MADV_HUGEPAGE);  // streams then cross few page borders, where prefetching stops
+    if (unit == LARGE) madvise(p, size_t(bytes / LARGE * LARGE), MADV_HUGEPAGE);  // streams then cross few page borders, where prefetching stops; the last page would be mostly empty
 #endif
     return Memory(static_cast<uint8_t*>(p));
 }

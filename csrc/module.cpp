@@ -290,6 +290,78 @@ void nearest(Array2<float> x, Array2<float> table, Array1<float> half, Codes1 fo
     in_parts(threads, n, 64, [&](int64_t first, int64_t last) { k->nearest(table.data(), half.data(), count, x.data(), first, last, found.data()); });
 }
 
+using Ranges2 = std::optional<Array2<float>>;
+
+// Columns first to last of a block of GPTQ's loop; what "descend" means by the names is in layout.h.
+void gptq_columns(Out2<float> W, Out2<float> Q, Out2<float> error, Array2<float> U, Ranges2 P, Array2<float> divisor, Array2<float> scale, Ranges2 offset, Ranges2 low, Ranges2 high, Array1<int64_t> share,
+                  Array1<float> inverse, float least, float most, int64_t first, int64_t last, bool descend, int threads, const std::string& isa) {
+    const Kernels* k = chosen(isa);
+    Panel p;
+    p.columns = int64_t(W.shape(0)), p.rows = int64_t(W.shape(1)), p.first = first, p.last = last, p.W = W.data(), p.Q = Q.data(), p.error = error.data(), p.U = U.data();
+    require(p.columns > 0 && p.columns <= Panel::MOST && 0 <= first && first <= last && last <= p.columns, "a block has at most 64 columns, of which first to last are rounded");
+    for (const auto& each : {Q, error}) require(int64_t(each.shape(0)) == p.columns && int64_t(each.shape(1)) == p.rows, "Q and error are as W, [columns, rows]");
+    require(int64_t(U.shape(0)) == p.columns && int64_t(U.shape(1)) == p.columns && (!P || (int64_t(P->shape(0)) == p.columns && int64_t(P->shape(1)) == p.columns)), "U and P are [columns, columns]");
+    const int64_t shares = int64_t(scale.shape(0));
+    auto ranges = [&](const Ranges2& each) -> const float* {
+        require(!each || (int64_t(each->shape(0)) == shares && int64_t(each->shape(1)) == p.rows), "scales and what belongs to them are [shares, rows]");
+        return each ? each->data() : nullptr;
+    };
+    p.P = P ? P->data() : nullptr, p.divisor = ranges(divisor), p.scale = ranges(scale), p.offset = ranges(offset), p.low = ranges(low), p.high = ranges(high);
+    require((p.low == nullptr) == (p.high == nullptr), "low and high are given together");
+    require(int64_t(share.shape(0)) == p.columns && int64_t(inverse.shape(0)) == p.columns, "share and inverse are [columns]");
+    for (int64_t i = 0; i < p.columns; i++) require(share.data()[i] >= 0 && share.data()[i] < shares, "a column's share is out of range");
+    p.share = share.data(), p.inverse = inverse.data(), p.least = least, p.most = most;
+    in_parts(threads, (p.rows + 15) / 16, 4, [&](int64_t from, int64_t to) { (descend ? k->descend : k->feedback)(p, from * 16, std::min(p.rows, to * 16)); });
+}
+
+template <int BITS>
+void pack_row(const uint8_t* codes, int64_t count, uint32_t* words) {
+    for (; count > 0; count -= 32, codes += 32, words += BITS) {
+        uint8_t some[32] = {};
+        std::memcpy(some, codes, size_t(std::min<int64_t>(count, 32)));
+        uint32_t made[BITS + 1] = {};
+        for (int j = 0; j < 32; j++) {
+            made[j * BITS / 32] |= uint32_t(some[j]) << (j * BITS % 32);
+            if (j * BITS % 32 + BITS > 32) made[j * BITS / 32 + 1] |= uint32_t(some[j]) >> (32 - j * BITS % 32);
+        }
+        std::memcpy(words, made, size_t(std::min<int64_t>(BITS, (count * BITS + 31) / 32)) * 4);
+    }
+}
+
+template <int BITS>
+void unpack_row_of(const uint32_t* words, int64_t count, uint8_t* codes) {
+    for (; count > 0; count -= 32, codes += 32, words += BITS) {
+        uint32_t some[BITS + 1] = {};
+        std::memcpy(some, words, size_t(std::min<int64_t>(BITS, (count * BITS + 31) / 32)) * 4);
+        uint8_t made[32];
+        for (int j = 0; j < 32; j++) {
+            uint32_t code = some[j * BITS / 32] >> (j * BITS % 32);
+            if (j * BITS % 32 + BITS > 32) code |= some[j * BITS / 32 + 1] << (32 - j * BITS % 32);
+            made[j] = uint8_t(code & ((1u << BITS) - 1));
+        }
+        std::memcpy(codes, made, size_t(std::min<int64_t>(count, 32)));
+    }
+}
+
+using Words2 = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Codes2 = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void pack_words(Codes2 codes, int bits, Words2 words, bool unpack, int threads) {
+    const int64_t rows = int64_t(codes.shape(0)), count = int64_t(codes.shape(1)), stored = int64_t(words.shape(1));
+    require(bits >= 1 && bits <= 8 && int64_t(words.shape(0)) == rows && stored == (count * bits + 31) / 32, "words are [rows, ceil(count * bits / 32)]");
+    in_parts(threads, rows, 16, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++) {
+            uint8_t* c = codes.data() + r * count;
+            uint32_t* w = reinterpret_cast<uint32_t*>(words.data()) + r * stored;
+            switch (bits) {
+#define CASE(B) case B: unpack ? unpack_row_of<B>(w, count, c) : pack_row<B>(c, count, w); break
+                CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8);
+#undef CASE
+            }
+        }
+    });
+}
+
 using Half4 = nb::ndarray<uint16_t, nb::ndim<4>, nb::device::cpu>;  // bfloat16, [batch, heads, length, dim]
 
 Heads<uint16_t> heads_of(const Half4& x, int64_t batch, int64_t heads, int64_t length, int64_t dim, const char* name) {
@@ -354,6 +426,9 @@ NB_MODULE(_native, m) {
     }, "x"_a, "block"_a, "codes"_a, "scales"_a, "sums"_a, "isa"_a = "");
 
     m.def("encode", &encode, "x"_a, "type"_a, "importance"_a.none(), "out"_a, "threads"_a, "isa"_a = "", "ggml's blocks of x [rows, cols]; False where a scale does not fit float16.");
+    m.def("gptq_columns", &gptq_columns, "W"_a, "Q"_a, "error"_a, "U"_a, "P"_a.none(), "divisor"_a, "scale"_a, "offset"_a.none(), "low"_a.none(), "high"_a.none(), "share"_a, "inverse"_a, "least"_a, "most"_a,
+          "first"_a, "last"_a, "descend"_a, "threads"_a, "isa"_a = "");
+    m.def("pack_words", &pack_words, "codes"_a, "bits"_a, "words"_a, "unpack"_a, "threads"_a);
     m.def("search_iq4", &search_iq4, "x"_a, "w"_a, "values"_a, "lowest"_a, "out"_a, "threads"_a, "isa"_a = "");
     m.def("round_e8p", &round_e8p, "x"_a, "table"_a, "half"_a, "row_of"_a, "odd_row"_a, "points"_a, "codes"_a, "threads"_a, "isa"_a = "");
     m.def("nearest", &nearest, "x"_a, "table"_a, "half"_a, "found"_a, "threads"_a, "isa"_a = "");

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import numerics
 from ..errors import RecipeError
+from ..native import native, threads
 from ..numerics import grids
 from ..numerics.grids import Grid, Ranges
 from ..scheme import RangeSearch, Scheme
@@ -36,6 +37,7 @@ ORDERS = ("natural", "activation", "groups")
 MAX_DAMP = 1.0
 DAMP_STEP = 2.0
 LEAF = 192  # of the recursion that inverts a triangular matrix
+MOST_COLUMNS = 64  # of a block that the C++ code takes
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,14 @@ class _Solver:
             i2 = min(i1 + block, self.columns)
             W1, U1 = WT[i1:i2], U[i1:i2, i1:i2]
             Err1 = torch.empty_like(W1)
+            if self._in_cpp(i2 - i1):
+                starts = [i for i in range(i2 - i1) if fit_on_the_way and (i1 + i) % self.grid.unit == 0]
+                for start, stop in zip(sorted({0, *starts}), [*(start for start in starts if start), i2 - i1], strict=True):
+                    if start in starts:
+                        self._fit_unit(i1 + start)
+                    self._columns(W1, i1, Err1, U1, None if P is None else P[i1:i2, i1:i2], U1.diagonal().reciprocal(), start, stop, descend=False)
+                self._after(i1, i2, Err1)
+                continue
             inverse_diagonal = U1.diagonal().reciprocal().tolist()
             for i in range(i2 - i1):
                 if fit_on_the_way and (i1 + i) % self.grid.unit == 0:
@@ -310,10 +320,29 @@ class _Solver:
                     W1[i + 1 :].addr_(U1[i, i + 1 :], Err1[i], alpha=-1)
                     if P is not None:
                         W1[i + 1 :].addr_(P[i1 + i, i1 + i + 1 : i2], w)
-            if i2 < self.columns:
-                WT[i2:].addmm_(U[i1:i2, i2:].T, Err1, alpha=-1)
-                if P is not None:
-                    WT[i2:].addmm_(P[i1:i2, i2:].T, W1)
+            self._after(i1, i2, Err1)
+
+    def _after(self, i1: int, i2: int, error: Tensor) -> None:
+        """The feedback of a block to the columns behind it."""
+        WT, U, P = self.WT, self.factor.U, self.factor.P
+        if i2 < self.columns:
+            WT[i2:].addmm_(U[i1:i2, i2:].T, error, alpha=-1)
+            if P is not None:
+                WT[i2:].addmm_(P[i1:i2, i2:].T, WT[i1:i2])
+
+    def _in_cpp(self, columns: int) -> bool:
+        """Whether the columns of a block are rounded by the C++ code, which does what is written here: on a CPU, where q is a whole number."""
+        return self.grid.nearest is None and columns <= MOST_COLUMNS and self.WT.device.type == "cpu" and native() is not None
+
+    def _columns(self, W: Tensor, i1: int, error: Tensor, U: Tensor, P: Tensor | None, inverse: Tensor, start: int, stop: int, *, descend: bool) -> None:
+        """Columns i1 + start to i1 + stop of the block W [columns, out_features] in C++ (csrc/solve.inc): q, the errors (or steps), and the feedback within the block."""
+        given = lambda value: None if value is None else value.numpy()
+        low, high = (self.low, self.high) if self.low is not None and self.high is not None else (None, None)
+        native().gptq_columns(
+            W.numpy(), self.Q[i1 : i1 + len(W)].numpy(), error.numpy(), U.contiguous().numpy(), None if P is None else P.contiguous().numpy(), self.divisor.numpy(), self.scale.numpy(),
+            None if descend else given(self.offset), given(low), given(high), self.share_of[i1 : i1 + len(W)].numpy(), inverse.contiguous().numpy(),
+            *map(float, self.grid.bounds), start, stop, descend, threads(),
+        )  # fmt: skip
 
     def _descend(self) -> None:
         """One sweep of cyclic coordinate descent on tr(dW H dW^T) over the codes, scales fixed.
@@ -331,6 +360,10 @@ class _Solver:
         for i1 in range(0, self.columns, block):
             i2 = min(i1 + block, self.columns)
             G1, H1, step = G[i1:i2].clone(), H[i1:i2, i1:i2], torch.empty_like(G[i1:i2])
+            if self._in_cpp(i2 - i1):
+                self._columns(G1, i1, step, H1, None, H1.diagonal().double().reciprocal().float(), 0, i2 - i1, descend=True)
+                G[i2:].addmm_(H[i2:, i1:i2], step, alpha=-1)
+                continue
             inverse_diagonal = H1.diagonal().double().reciprocal().tolist()
             for i in range(i2 - i1):
                 j, share = i1 + i, self.places[i1 + i]

@@ -21,6 +21,7 @@ def qat(
     recipe: Annotated[str, typer.Option(help="As in quantize: what the file holds, and what training begins with.")] = "int4-asym-g64-gptq",
     to: Annotated[str | None, typer.Option(help=f"{LAYOUTS}. Default: the first that holds the recipe.", show_default=False)] = None,
     data: Data = "default",
+    held_out: Annotated[str | None, typer.Option(help="Text whose KL is measured on the way; default: the end of the data.", show_default=False)] = None,
     phases: Annotated[str, typer.Option(help="blocks (one block after the other), end (end to end), or both with a comma.")] = "blocks,end",
     train: Annotated[str, typer.Option(help="End to end: all weights, or only scales and norms (scales).")] = "all",
     loss: Annotated[float, typer.Option(help="Share of cross-entropy; 0 is KL to the original alone.", min=0, max=1)] = 0.0,
@@ -31,9 +32,11 @@ def qat(
     micro: Annotated[int | None, typer.Option(help="Windows at once (default: all of a step).", min=1, show_default=False)] = None,
     lr: Annotated[float, typer.Option(help="Of weights, end to end.")] = 2e-5,
     lr_scales: Annotated[float, typer.Option(help="Of scales (relative) and zero-points (in codes), end to end.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the rates rise, end to end.", min=0, max=1)] = 0.05,
     block_epochs: Annotated[int, typer.Option(help="Passes over the calibration windows in each block.", min=1)] = 4,
     block_lr: Annotated[float, typer.Option(help="Of weights, block by block.")] = 5e-5,
     block_lr_scales: Annotated[float, typer.Option(help="Of scales (relative) and zero-points (in codes), block by block.")] = 5e-3,
+    skip_first: Annotated[bool, typer.Option("--skip-first/--keep-first", help="Leave each window's first token out of the blocks' error, which it would fill alone.")] = True,
     n_samples: Annotated[int, typer.Option(help="Windows of the start and of the block phase.", min=1)] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.", min=8)] = 512,
     eval_every: Annotated[int, typer.Option(help="Steps between measurements of the held-out KL; a checkpoint is kept at each.", min=1)] = 50,
@@ -67,14 +70,14 @@ def qat(
     from ..training.qat import qat as run
 
     options = QatOptions(
-        phases=tuple(part.strip() for part in phases.split(",") if part.strip()), start_samples=n_samples, seq_len=seq_len, blocks=BlockOptions(block_epochs, block_lr, block_lr_scales),
-        steps=steps, minutes=minutes, batch=batch, micro=micro or batch, loss=loss, train=train, lr=lr, lr_scales=lr_scales, scales=scales, eval_every=eval_every,
+        phases=tuple(part.strip() for part in phases.split(",") if part.strip()), start_samples=n_samples, seq_len=seq_len, blocks=BlockOptions(block_epochs, block_lr, block_lr_scales, skip_first),
+        steps=steps, minutes=minutes, batch=batch, micro=micro or batch, loss=loss, train=train, lr=lr, lr_scales=lr_scales, warmup=warmup, scales=scales, eval_every=eval_every,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     more = {"report_to": [log_to]} if log_to else {}
     try:
         made = run(
-            model, recipe, output, data=data, target_name=to, options=options, dtype=dtype, device=device, seed=seed, resume=resume, overwrite=overwrite, trainer=more,
+            model, recipe, output, data=data, held_out=held_out, target_name=to, options=options, dtype=dtype, device=device, seed=seed, resume=resume, overwrite=overwrite, trainer=more,
             progress=BarProgress(quiet=as_json),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -105,6 +108,8 @@ def qlora(
     batch: Annotated[int, typer.Option(help="Windows in a step.", min=1)] = 16,
     micro: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate, constant after a warm-up.")] = 2e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.", min=0, max=1)] = 0.03,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients of a larger norm are scaled down to it.", min=0)] = 0.3,
     seq_len: Annotated[int, typer.Option(help="Tokens per window; documents are packed into them.", min=8)] = 512,
     eval_every: Annotated[int, typer.Option(help="Steps between measurements of the held-out loss; a checkpoint is kept at each.", min=1)] = 50,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, a third more time.")] = True,
@@ -136,8 +141,8 @@ def qlora(
     from ..training.qlora import qlora as run
 
     options = QloraOptions(
-        rank=rank, alpha=alpha, dropout=dropout, init=init, seq_len=seq_len, epochs=epochs, steps=steps, minutes=minutes, batch=batch, micro=micro, lr=lr, eval_every=eval_every,
-        gradient_checkpointing=gradient_checkpointing,
+        rank=rank, alpha=alpha, dropout=dropout, init=init, seq_len=seq_len, epochs=epochs, steps=steps, minutes=minutes, batch=batch, micro=micro, lr=lr, warmup=warmup,
+        max_grad_norm=max_grad_norm, eval_every=eval_every, gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     more = {"report_to": [log_to]} if log_to else {}
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, ShapeError
+from ..native import native, threads
 
 WORD = 32
 
@@ -27,6 +28,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ShapeError(f"pack takes uint8 codes [rows, count]; got {codes.dtype} {list(codes.shape)}.")
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise FormatError(f"a code is {int(codes.max())}, which does not fit {bits} bits (at most {(1 << bits) - 1}).")
+    rows, count = codes.shape
+    if (extension := native() if codes.device.type == "cpu" and codes.numel() else None) is not None:
+        made = torch.empty(rows, words_per_row(count, bits), dtype=torch.int32)
+        extension.pack_words(codes.contiguous().numpy(), bits, made.numpy(), False, threads())
+        return made
+    return _pack(codes, bits)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """pack in torch, on any device: what the C++ code means, and its oracle."""
     rows, count = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -count % WORD)).view(rows, -1, WORD)
     words = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int32, device=codes.device)
@@ -44,6 +55,16 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     rows, stored = words.shape
     if stored != words_per_row(count, bits):
         raise ShapeError(f"{count} codes of {bits} bits take {words_per_row(count, bits)} words a row; the tensor has {stored}.")
+    if (extension := native() if words.device.type == "cpu" and words.dtype == torch.int32 and words.numel() else None) is not None:
+        made = torch.empty(rows, count, dtype=torch.uint8)
+        extension.pack_words(made.numpy(), bits, words.contiguous().numpy(), True, threads())
+        return made
+    return _unpack(words, bits, count)
+
+
+def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """unpack in torch, on any device."""
+    rows, stored = words.shape
     padded = torch.nn.functional.pad(words, (0, -stored % bits)).view(rows, -1, bits)
     codes = torch.empty(rows, padded.shape[1], WORD, dtype=torch.uint8, device=words.device)
     mask = (1 << bits) - 1

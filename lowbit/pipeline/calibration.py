@@ -98,7 +98,9 @@ def _content(source: str) -> str:
     try:
         return Path(source).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f'text source {source!r} is no file; expected a .txt or .jsonl file, "default", "self" or "dataset:NAME".') from None
+        if source == "self":
+            raise DataError('"self" (text that the model generates) is there for calibration and for train qat. Give a .txt or .jsonl file, "default" or "dataset:NAME".') from None
+        raise DataError(f'text source {source!r} is no file; expected a .txt or .jsonl file, "default" or "dataset:NAME" (to calibrate with, "self", too).') from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source} cannot be read as UTF-8 text: {error}") from error
 

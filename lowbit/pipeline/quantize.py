@@ -151,10 +151,14 @@ def windows_of(setup: Setup, tokenizer, *, as_llama_cpp: bool = False) -> Window
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of every tensor's name, shape and dtype and of the config: what the model is, without reading its weights."""
+    """A hash of the config, of every tensor's name, shape and dtype, and of the first row of each dense one (vectors are read whole): what the model is, for the price of reading little."""
     entries: dict[str, LazyTensor | LazyQuantized] = {**checkpoint.tensors, **checkpoint.quantized}
     described = sorted((name, list(t.shape), str(t.dtype)) for name, t in entries.items())
-    return hashlib.sha256(json.dumps([described, checkpoint.config], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    found = hashlib.sha256(json.dumps([described, checkpoint.config], sort_keys=True, default=str).encode())
+    for _, lazy in sorted(checkpoint.tensors.items()):
+        if lazy.numel:
+            found.update(lazy.read(0, 1 if len(lazy.shape) > 1 else max(1, lazy.numel)).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def model_key(checkpoint: Checkpoint, place: torch.device, dtype: torch.dtype) -> dict:

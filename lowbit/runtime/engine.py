@@ -153,6 +153,7 @@ def open_model(
     resources.require_memory(int(1.1 * checkpoint.tensor_bytes), purpose="Running this model")
     with tempfile.TemporaryDirectory(prefix="lowbit-") as scratch:  # before the weights: reading a GGUF's tokens takes some 300 MB for a while
         tokenizer = load_tokenizer(checkpoint, Path(scratch))
+    resources.release_memory()
     model: Model
     if reason:
         model = TransformersModel(load(located, kernels=native is None), length, bits)

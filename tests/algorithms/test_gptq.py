@@ -1,5 +1,6 @@
 """GPTQ against the authors' code (tests/oracles/make_gptq.py) and against what it promises."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lowbit import numerics
 from lowbit.algorithms.gptq import GptqOptions, factorize, gptq
 from lowbit.algorithms.rtn import RtnOptions, rtn
 from lowbit.errors import RecipeError
+from lowbit.native import native
 from lowbit.numerics import grids
 from lowbit.scheme import CASTS, Scheme
 from lowbit.stats import LayerStats
@@ -134,6 +136,22 @@ def test_odd_shapes_determinism_and_untouched_input(shape):
     b = gptq(W, Scheme(bits=3, block=(1, 128), symmetric=False), stats, GptqOptions(sweeps=1), [])
     assert all(torch.equal(a.parts[key], b.parts[key]) for key in a.parts)
     assert torch.equal(W, before) and torch.equal(stats.hessian, H)
+
+
+@pytest.mark.skipif(native() is None, reason="no native extension")
+@pytest.mark.parametrize("options", [GptqOptions(), GptqOptions(order="natural", sweeps=0), GptqOptions(order="activation"), GptqOptions(alpha=0.5, sweeps=2)])
+@pytest.mark.parametrize("scheme", [Scheme(bits=4, block=(1, 64)), Scheme(bits=3, block=(1, 24), symmetric=False), Scheme(bits=2, block=(-1, -1)), *map(numerics.scheme_of, ("q4_1", "ternary"))])
+def test_the_loop_in_cpp_is_that_of_torch(scheme, options, monkeypatch):
+    """Their sums differ in the last bit where a processor fuses products, so a code here and there may."""
+    W, stats = problem(37, 480, 700)
+    H = stats.hessian
+    stats.cross = torch.randn(480, 480, generator=torch.Generator().manual_seed(3)) * H.diagonal().mean() * 0.01 if options.alpha else None
+    ours = gptq(W, scheme, stats, options, [])
+    monkeypatch.setattr(import_module("lowbit.algorithms.gptq"), "native", lambda: None)
+    goal = gptq(W, scheme, stats, options, [])
+    assert loss(W, ours, H) == pytest.approx(loss(W, goal, H), rel=5e-3)
+    codes = [qt.parts.get("codes", qt.parts.get("blocks")) for qt in (ours, goal)]
+    assert float((codes[0] == codes[1]).float().mean()) > 0.98
 
 
 def test_options_are_checked():

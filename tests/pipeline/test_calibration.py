@@ -153,6 +153,11 @@ def test_bad_files(content, message, tmp_path, tokenizer):
         read_texts(str(tmp_path / "t.txt"), tokenizer)
 
 
+def test_text_of_the_model_itself_is_no_file(tokenizer):
+    with pytest.raises(DataError, match='"self" .* is there for calibration and for train qat'):
+        read_texts("self", tokenizer)
+
+
 def test_folder_as_text(tmp_path, tokenizer):
     with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
         read_texts(str(tmp_path), tokenizer)

@@ -38,14 +38,14 @@ def run(folder: Path, out: Path, text: Path, recipe: str = "int2-asym-g32", **mo
 
 def plain_start(folder: Path, out: Path, text: Path) -> Path:
     """What quantize makes of the windows that the start of a training sees."""
-    windows = qat_module.start_windows(qat_module.data_windows(folder, str(text), SMALL, 0, SILENT), SMALL)
+    windows = qat_module.start_windows(qat_module.data_windows(folder, str(text), None, SMALL, 0, SILENT), SMALL)
     lowbit.quantize(folder, "int2-asym-g32", out, windows=windows, dtype="float32", seed=0)
     return out
 
 
 def held_out_kl(original: Path, paths: list[Path], text: Path) -> list[float]:
     """KL to the original on the held-out windows, by the machinery of lowbit.compare."""
-    ids = qat_module.data_windows(original, str(text), SMALL, 0, SILENT).ids[-qat_module.HELD_OUT :]
+    ids = qat_module.data_windows(original, str(text), None, SMALL, 0, SILENT).ids[-qat_module.HELD_OUT :]
     models = [open_checkpoint(path) for path in (original, *paths)]
     found = score_all(models, [torch.float32] * len(models), Windows(ids, None, ids.numel()), torch.device("cpu"), SILENT, kv=[None] * len(models))
     return [summarize(scores, "llama.cpp").kl_mean.value for scores in found[1:]]
@@ -53,6 +53,19 @@ def held_out_kl(original: Path, paths: list[Path], text: Path) -> list[float]:
 
 def decoded(path: Path) -> dict[str, torch.Tensor]:
     return {name: numerics.dequantize(tensor.load()) for name, tensor in open_checkpoint(path).quantized.items()}
+
+
+def test_text_to_measure_on(model_folder, text_file, tmp_path):
+    """It replaces the end of the data, all of which is then trained on; too little of it is refused."""
+    other, folder = tmp_path / "other.txt", model_folder("llama")
+    other.write_text("seven wizards quietly mix a jug of rum and lime " * 200)
+    alone, with_other = (qat_module.data_windows(folder, str(text_file), held, SMALL, 0, SILENT).ids for held in (None, str(other)))
+    assert torch.equal(with_other[: -qat_module.HELD_OUT], alone)
+    measured = qat_module.data_windows(folder, str(other), None, SMALL, 0, SILENT).ids
+    assert all(bool((measured == row).all(1).any()) for row in with_other[-qat_module.HELD_OUT :])
+    other.write_text("seven wizards")
+    with pytest.raises(DataError, match="windows of 64 tokens to measure on; 8 are needed"):
+        qat_module.data_windows(folder, str(text_file), str(other), SMALL, 0, SILENT)
 
 
 class Watch:

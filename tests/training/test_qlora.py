@@ -128,6 +128,12 @@ def test_long_texts_are_cut_in_pieces_and_long_talks_off(tokenizer, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- training
 
 
+def test_a_fingerprint_tells_models_of_one_shape_apart(save_model, tmp_path):
+    """A base that was trained on looks the same from outside: merge would take it for the adapter's."""
+    first, second = (fingerprint(open_checkpoint(save_model("llama", tmp_path / str(seed), seed=seed))) for seed in (0, 1))
+    assert first != second == fingerprint(open_checkpoint(save_model("llama", tmp_path / "again", seed=1)))
+
+
 def test_train_and_load_in_plain_peft(run, model_folder, tmp_path, load_plain):
     made = run(tmp_path / "adapter", steps=7)
     assert [step for step, _ in made.curve] == [0, 3, 6, 7]
