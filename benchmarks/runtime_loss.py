@@ -2,7 +2,7 @@
 
     python benchmarks/runtime_loss.py MODEL TEXT [--windows 20] [--length 512]
 
-Every token of the first windows of TEXT is scored.
+The first windows of TEXT are scored twice: all their tokens, and the second half of each, as `lowbit eval` and llama-perplexity do.
 """
 
 from __future__ import annotations
@@ -28,18 +28,23 @@ def main() -> None:
     engines = {f"native, {name}": open_model(a.model, context=a.length, kv_cache=name, native=True) for name in CACHES}
     ids = next(iter(engines.values())).tokenizer(a.text.read_text(encoding="utf-8")[: a.windows * a.length * 10])["input_ids"]
     reference = lowbit.load(a.model, dtype="float32")
-    loss, kl = dict.fromkeys(["decoded, float32", *engines], 0.0), dict.fromkeys(engines, 0.0)
+    parts = {"every token": 0, "second half": a.length // 2}
+    loss = {(name, part): 0.0 for name in ("decoded, float32", *engines) for part in parts}
+    kl = dict.fromkeys(loss, 0.0)
     for window in (ids[at : at + a.length] for at in range(0, a.windows * a.length, a.length)):
         target = torch.tensor(window[1:]).unsqueeze(1)
         with torch.no_grad():
             goal = reference(input_ids=torch.tensor([window])).logits[0].log_softmax(-1)
         found = {"decoded, float32": goal, **{name: engine.model.forward(window, 0, every=True).log_softmax(-1) for name, engine in engines.items()}}
-        for name, scores in found.items():
-            loss[name] -= float(scores[:-1].gather(1, target).mean()) / a.windows
-            if name in kl:
-                kl[name] += float((goal.exp() * (goal - scores)).sum(-1).mean()) / a.windows
-    for name, value in loss.items():
-        print(f"{name:18s} perplexity {math.exp(value):8.3f}  KL {kl.get(name, 0.0):.5f}")
+        for (name, part), first in ((key, parts[key[1]]) for key in loss):
+            scores = found[name]
+            loss[name, part] -= float(scores[first:-1].gather(1, target[first:]).mean()) / a.windows
+            kl[name, part] += float((goal.exp() * (goal - scores)).sum(-1)[first:].mean()) / a.windows
+    for part in parts:
+        plain = loss["decoded, float32", part]
+        for name in ("decoded, float32", *engines):
+            value = loss[name, part]
+            print(f"{part:12s} {name:18s} perplexity {math.exp(value):8.3f} ({100 * math.expm1(value - plain):+.2f}%)  KL {kl[name, part]:.5f}")
 
 
 if __name__ == "__main__":

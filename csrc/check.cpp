@@ -1,4 +1,5 @@
 // Compares every instruction set that this processor has with the portable kernels, on random matrices of all widths, and those with sums in float64. Needs no Python: it runs under an emulator, too.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -136,6 +137,81 @@ void steps(const std::string& isa) {
     }
 }
 
+// The searches make the same bytes with every instruction set.
+void searches(const std::string& isa) {
+    const Kernels *k = kernels(isa), *p = portable_kernels();
+    std::mt19937 random(2);
+    std::normal_distribution<float> normal;
+    const int64_t rows = 5, cols = 512, n = rows * cols;
+    std::vector<float> x(static_cast<size_t>(n)), w(x.size()), importance(cols), means(rows, 0.001f);
+    for (auto& value : x) value = 0.02f * normal(random);
+    for (auto& value : w) value = 0.01f + std::fabs(normal(random));
+    for (auto& value : importance) value = 0.01f + std::fabs(normal(random));
+    for (const char* name : {"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1"})
+        for (bool weighted : {false, true}) {
+            Encoding e;
+            e.type = block_type(name), e.x = x.data(), e.cols = cols, e.importance = weighted ? importance.data() : nullptr, e.means = e.type->super ? nullptr : means.data();
+            if (!weighted && !e.type->super) continue;
+            const int64_t blocks = n / e.type->weights;
+            std::vector<uint8_t> a(size_t(blocks * e.type->bytes)), b(a.size());
+            e.out = a.data(), k->encode(e, 0, blocks);
+            e.out = b.data(), p->encode(e, 0, blocks);
+            expect(a == b, name, isa, e.type->bits, weighted, 0);
+            // The blocks as a matrix: products are those of its rows.
+            Matrix m;
+            m.rows = rows, m.cols = cols, m.bits = e.type->bits == 3 ? 4 : e.type->bits, m.group = e.type->group, m.block = largest_block(m.bits, m.group), m.scales = Real::f16;
+            m.zeros = e.type->minima ? Zeros::minima : Zeros::constant, m.zero = float(e.type->zero), m.super = e.type->super ? e.type->weights / e.type->group : 0;
+            const Memory memory = allocate(m.bytes());
+            m.data = memory.get();
+            pack_blocks(m, memory.get(), 0, rows, *e.type, a.data());
+            std::vector<int8_t> q(size_t(6 * cols));
+            std::vector<float> scales(size_t(6 * cols / m.block)), sums(scales.size()), row(cols);
+            k->round(w.data(), cols, 5, {cols, m.block, q.data(), scales.data(), sums.data()});
+            std::vector<uint8_t> scratch(size_t(panel_bytes(5)));
+            for (int64_t count : {1, 5}) {
+                std::vector<float> y(size_t(count * rows));
+                k->matmul(m, {cols, m.block, q.data(), scales.data(), sums.data()}, count, y.data(), rows, false, 0, m.tiles(), scratch.data());
+                double worst = 0, largest = 0;
+                for (int64_t r = 0; r < rows; r++) {
+                    unpack_row(m, r, row.data());
+                    for (int64_t i = 0; i < count; i++) {
+                        double sum = 0, size = 0;
+                        for (int64_t c = 0; c < cols; c++) {
+                            const double term = double(row[size_t(c)]) * q[size_t(i * cols + c)] * scales[size_t((i * cols + c) / m.block)];
+                            sum += term, size += std::fabs(term);
+                        }
+                        worst = std::max(worst, std::fabs(sum - y[size_t(i * rows + r)])), largest = std::max(largest, size);
+                    }
+                }
+                expect(worst <= 2e-6 * largest, name, isa, m.bits, count, worst / largest);
+            }
+        }
+    std::vector<float> values(513), a(size_t(n / 32)), b(a.size());
+    for (int i = 0; i < 513; i++) values[size_t(i)] = std::floor(float(i - 256) / 32) * 16;
+    k->search_iq4(x.data(), w.data(), values.data(), -127, 0, n / 32, a.data()), p->search_iq4(x.data(), w.data(), values.data(), -127, 0, n / 32, b.data());
+    expect(a == b, "search_iq4 differs", isa, 4, 0, 0);
+    std::vector<int64_t> found(size_t(n / 8)), other(found.size());
+    k->nearest(w.data(), importance.data(), 48, x.data(), 0, n / 8, found.data()), p->nearest(w.data(), importance.data(), 48, x.data(), 0, n / 8, other.data());
+    expect(found == other, "nearest differs", isa, 0, 0, 0);
+    for (bool down : {false, true}) {
+        const int64_t columns = 24, lanes = 37;
+        std::vector<int64_t> share(columns);
+        for (int64_t i = 0; i < columns; i++) share[size_t(i)] = i / 8;
+        std::vector<float> made[2][3];
+        for (int which = 0; which < 2; which++) {
+            for (auto& each : made[which]) each.assign(size_t(columns * lanes), 0.f);
+            std::copy_n(x.begin(), columns * lanes, made[which][0].begin());
+            Panel panel;
+            panel.rows = lanes, panel.columns = columns, panel.first = 3, panel.last = 20, panel.W = made[which][0].data(), panel.Q = made[which][1].data(), panel.error = made[which][2].data();
+            panel.U = x.data() + 100, panel.P = down ? nullptr : x.data() + 700, panel.divisor = w.data(), panel.scale = w.data(), panel.offset = down ? nullptr : x.data();
+            panel.share = share.data(), panel.inverse = w.data() + 50, panel.least = -8, panel.most = 7;
+            const Kernels* run = which ? p : k;
+            (down ? run->descend : run->feedback)(panel, 0, lanes);
+        }
+        for (int part = 0; part < 3; part++) expect(made[0][part] == made[1][part], "GPTQ's columns differ", isa, part, down, 0);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -147,6 +223,7 @@ int main() {
         for (int tables : {1, 2}) products(isa, 4, tables, Zeros::constant, Real::f32, 32);
         products(isa, 2, 0, Zeros::constant, Real::f16, 16), products(isa, 8, 0, Zeros::codes, Real::f16, 256);
         steps(isa);
+        searches(isa);
         std::printf("%s: checked\n", isa);
     }
     return failures ? 1 : 0;

@@ -14,7 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "blocks.h"
+#include "searches.h"
 
 namespace lowbit {
 

@@ -1,4 +1,4 @@
-// The Python module lowbit.kernels._native: packed matrices, their products, and the decoder.
+// The Python module lowbit._native: packed matrices and their products, the decoder, attention, the searches of encoders and algorithms, packing.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -278,7 +278,6 @@ void round_e8p(Array2<float> x, Array2<float> table, Array1<float> half, Array1<
     const int64_t n = int64_t(x.shape(0)), count = int64_t(half.shape(0));
     require(x.shape(1) == 8 && points.shape(1) == 8 && int64_t(points.shape(0)) == n && int64_t(codes.shape(0)) == n, "x and points are [n, 8], codes [n]");
     require(table.shape(0) == 8 && int64_t(table.shape(1)) == count && count > 0 && count % 16 == 0 && row_of.shape(0) == 6561 && odd_row.shape(0) == 256, "table is [8, count], half [count], of a multiple of 16; row_of [6561], odd_row [256]");
-    for (int64_t i = 0; i < 6561; i++) require(row_of.data()[i] < 256, "row_of names rows below 256");
     const Lattice l{count, table.data(), half.data(), row_of.data(), odd_row.data()};
     in_parts(threads, n, 64, [&](int64_t first, int64_t last) { k->round_e8p(l, x.data(), first, last, points.data(), codes.data()); });
 }
@@ -403,36 +402,37 @@ NB_MODULE(_native, m) {
         return found;
     }, "The instruction sets of this build that this processor has, best first.");
     m.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads are used: openmp (the runtime that is loaded already) or own.");
+    m.attr("MOST_COLUMNS") = Panel::MOST;  // of gptq_columns
     m.def("largest_block", &largest_block, "bits"_a, "group"_a, "most"_a = MAX_BLOCK);
     nb::class_<Packed>(m, "Packed", "A matrix [rows, cols] of codes in groups, in the kernels' layout.")
         .def(nb::init<int64_t, int64_t, int, int64_t, int, int, float, std::optional<std::vector<int>>, std::optional<Array1<int32_t>>, int64_t, int64_t>(), "rows"_a, "cols"_a, "bits"_a, "group"_a, "scales"_a, "zeros"_a,
              "zero"_a, "table"_a.none(), "order"_a.none() = nb::none(), "block"_a = MAX_BLOCK, "super"_a = 0)
         .def("fill_blocks", &Packed::fill_blocks, "blocks"_a, "type"_a, "threads"_a = 1)
         .def("fill", &Packed::fill, "first"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "threads"_a = 1)
-        .def("row", &Packed::row, "index"_a, "out"_a)
+        .def("row", &Packed::row, "index"_a, "out"_a.noconvert())
         .def_prop_ro("nbytes", [](const Packed& p) { return p.matrix.bytes(); })
         .def_prop_ro("rows", [](const Packed& p) { return p.matrix.rows; })
         .def_prop_ro("cols", [](const Packed& p) { return p.matrix.cols; })
         .def_prop_ro("bits", [](const Packed& p) { return p.matrix.bits; })
         .def_prop_ro("block", [](const Packed& p) { return p.matrix.block; });
     nb::class_<DenseRows>(m, "Dense").def(nb::init<nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>, int>(), "array"_a, "type"_a, nb::keep_alive<1, 2>());
-    m.def("matmul", &matmul, "w"_a, "x"_a, "y"_a, "threads"_a, "isa"_a = "");
-    m.def("dense_matmul", &dense_matmul, "w"_a, "x"_a, "y"_a, "threads"_a, "isa"_a = "");
+    m.def("matmul", &matmul, "w"_a, "x"_a, "y"_a.noconvert(), "threads"_a, "isa"_a = "");
+    m.def("dense_matmul", &dense_matmul, "w"_a, "x"_a, "y"_a.noconvert(), "threads"_a, "isa"_a = "");
     m.def("round_inputs", [](Array2<float> x, int64_t block, nb::ndarray<int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> codes, Out2<float> scales, Out2<float> sums, const std::string& isa) {
         const int64_t rows = int64_t(x.shape(0)), cols = int64_t(x.shape(1));
         require(block > 0 && cols % block == 0 && int64_t(codes.shape(0)) == rows && int64_t(codes.shape(1)) == cols, "codes are as x, and block divides its columns");
         require(int64_t(scales.shape(0)) == rows && int64_t(scales.shape(1)) == cols / block && int64_t(sums.shape(0)) == rows && int64_t(sums.shape(1)) == cols / block, "scales and sums are [rows, blocks]");
         chosen(isa)->round(x.data(), cols, rows, {cols, block, codes.data(), scales.data(), sums.data()});
-    }, "x"_a, "block"_a, "codes"_a, "scales"_a, "sums"_a, "isa"_a = "");
+    }, "x"_a, "block"_a, "codes"_a.noconvert(), "scales"_a.noconvert(), "sums"_a.noconvert(), "isa"_a = "");
 
-    m.def("encode", &encode, "x"_a, "type"_a, "importance"_a.none(), "out"_a, "threads"_a, "isa"_a = "", "ggml's blocks of x [rows, cols]; False where a scale does not fit float16.");
-    m.def("gptq_columns", &gptq_columns, "W"_a, "Q"_a, "error"_a, "U"_a, "P"_a.none(), "divisor"_a, "scale"_a, "offset"_a.none(), "low"_a.none(), "high"_a.none(), "share"_a, "inverse"_a, "least"_a, "most"_a,
+    m.def("encode", &encode, "x"_a, "type"_a, "importance"_a.none(), "out"_a.noconvert(), "threads"_a, "isa"_a = "", "ggml's blocks of x [rows, cols]; False where a scale does not fit float16.");
+    m.def("gptq_columns", &gptq_columns, "W"_a.noconvert(), "Q"_a.noconvert(), "error"_a.noconvert(), "U"_a, "P"_a.none(), "divisor"_a, "scale"_a, "offset"_a.none(), "low"_a.none(), "high"_a.none(), "share"_a, "inverse"_a, "least"_a, "most"_a,
           "first"_a, "last"_a, "descend"_a, "threads"_a, "isa"_a = "");
-    m.def("pack_words", &pack_words, "codes"_a, "bits"_a, "words"_a, "unpack"_a, "threads"_a);
-    m.def("search_iq4", &search_iq4, "x"_a, "w"_a, "values"_a, "lowest"_a, "out"_a, "threads"_a, "isa"_a = "");
-    m.def("round_e8p", &round_e8p, "x"_a, "table"_a, "half"_a, "row_of"_a, "odd_row"_a, "points"_a, "codes"_a, "threads"_a, "isa"_a = "");
-    m.def("nearest", &nearest, "x"_a, "table"_a, "half"_a, "found"_a, "threads"_a, "isa"_a = "");
-    m.def("decode", &decode, "words"_a, "bits"_a, "table"_a, "scales"_a, "zeros"_a.none(), "out"_a, "threads"_a, "isa"_a = "", "through_half"_a = false);
+    m.def("pack_words", &pack_words, "codes"_a.noconvert(), "bits"_a, "words"_a.noconvert(), "unpack"_a, "threads"_a);
+    m.def("search_iq4", &search_iq4, "x"_a, "w"_a, "values"_a, "lowest"_a, "out"_a.noconvert(), "threads"_a, "isa"_a = "");
+    m.def("round_e8p", &round_e8p, "x"_a, "table"_a, "half"_a, "row_of"_a, "odd_row"_a, "points"_a.noconvert(), "codes"_a.noconvert(), "threads"_a, "isa"_a = "");
+    m.def("nearest", &nearest, "x"_a, "table"_a, "half"_a, "found"_a.noconvert(), "threads"_a, "isa"_a = "");
+    m.def("decode", &decode, "words"_a, "bits"_a, "table"_a, "scales"_a, "zeros"_a.none(), "out"_a.noconvert(), "threads"_a, "isa"_a = "", "through_half"_a = false);
     using Lse = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
     m.def("attention_supported", &bf16_supported, "Whether this processor runs attention and attention_backward.");
     m.def("attention", [](Half4 q, Half4 k, Half4 v, Half4 out, Lse lse, float scale, bool causal, int threads) {
@@ -501,7 +501,7 @@ NB_MODULE(_native, m) {
             for (int64_t i = 0; i < n; i++) require(tokens.data()[i] >= 0 && tokens.data()[i] < d.shape().vocabulary, "a token is out of the vocabulary");
             nb::gil_scoped_release release;
             d.forward(tokens.data(), n, start, logits.data(), all, slot);
-        }, "tokens"_a, "start"_a, "logits"_a, "all"_a = false, "slot"_a = 0)
+        }, "tokens"_a, "start"_a, "logits"_a.noconvert(), "all"_a = false, "slot"_a = 0)
         .def("forward_many", [](Decoder& d, Array1<int64_t> tokens, Array1<int64_t> positions, Array1<int64_t> slots, Out2<float> logits) {
             const int64_t n = int64_t(tokens.shape(0)), *slot = slots.data();
             require(n > 0 && int64_t(positions.shape(0)) == n && int64_t(slots.shape(0)) == n, "tokens, positions and slots are as many");
@@ -514,7 +514,7 @@ NB_MODULE(_native, m) {
             }
             nb::gil_scoped_release release;
             d.forward_many(tokens.data(), positions.data(), slot, n, logits.data());
-        }, "tokens"_a, "positions"_a, "slots"_a, "logits"_a)
+        }, "tokens"_a, "positions"_a, "slots"_a, "logits"_a.noconvert())
         .def_prop_ro("context", &Decoder::context)
         .def_prop_ro("cache_bytes", &Decoder::cache_bytes);
 }

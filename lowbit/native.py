@@ -12,7 +12,7 @@ import torch
 @cache
 def _loaded() -> tuple[Any, str]:
     try:
-        return import_module("lowbit.kernels._native"), ""  # after torch, whose OpenMP threads it shares
+        return import_module("lowbit._native"), ""  # after torch, whose OpenMP threads it shares
     except ImportError as error:
         if "_native" in str(error) and isinstance(error, ModuleNotFoundError):
             return None, "it was not built: there was no C++ compiler when lowbit was installed"

@@ -37,7 +37,6 @@ ORDERS = ("natural", "activation", "groups")
 MAX_DAMP = 1.0
 DAMP_STEP = 2.0
 LEAF = 192  # of the recursion that inverts a triangular matrix
-MOST_COLUMNS = 64  # of a block that the C++ code takes
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ class _Solver:
 
     def __init__(self, W: Tensor, scheme: Scheme, grid: Grid, factor: Factor, options: GptqOptions) -> None:
         self.scheme, self.grid, self.factor, self.options = scheme, grid, factor, options
-        W = W.clone()
+        W = W.detach().clone()
         W[:, factor.dead] = 0
         self.original = W
         self.columns, self.rows = W.shape[1], W.shape[0]
@@ -332,7 +331,7 @@ class _Solver:
 
     def _in_cpp(self, columns: int) -> bool:
         """Whether the columns of a block are rounded by the C++ code, which does what is written here: on a CPU, where q is a whole number."""
-        return self.grid.nearest is None and columns <= MOST_COLUMNS and self.WT.device.type == "cpu" and native() is not None
+        return self.grid.nearest is None and self.WT.device.type == "cpu" and native() is not None and columns <= native().MOST_COLUMNS
 
     def _columns(self, W: Tensor, i1: int, error: Tensor, U: Tensor, P: Tensor | None, inverse: Tensor, start: int, stop: int, *, descend: bool) -> None:
         """Columns i1 + start to i1 + stop of the block W [columns, out_features] in C++ (csrc/solve.inc): q, the errors (or steps), and the feedback within the block."""

@@ -58,7 +58,7 @@ class LazyTensor:
 class LazyQuantized:
     """A quantized matrix that is not loaded yet. dtype: of the weight it stands for. nbytes: as it lies in the file.
 
-    rows: some of its rows, where they can be read without the others (an embedding in a GGUF file).
+    rows: some of its rows, where they can be read without the others.
     """
 
     scheme: Scheme
@@ -122,9 +122,7 @@ class Checkpoint:
         if name in self.tensors:
             return self.tensors[name].load()
         entry = self.quantized[name]
-        values = numerics.dequantize(entry.load()).to(entry.dtype)
-        numerics.refuse_bad_values(values, name)
-        return values
+        return _decoded(entry.load(), entry.dtype, name)
 
     def lazy(self, name: str) -> LazyTensor:
         """One weight as a lazy dense tensor."""
@@ -133,10 +131,17 @@ class Checkpoint:
         entry = self.quantized[name]
         rows = entry.rows
         if rows is not None:
-            return LazyTensor(entry.shape, entry.dtype, lambda start, stop: numerics.dequantize(rows(start, stop)).to(entry.dtype))
+            return LazyTensor(entry.shape, entry.dtype, lambda start, stop: _decoded(rows(start, stop), entry.dtype, name))
         return LazyTensor(entry.shape, entry.dtype, lambda start, stop: self.dense(name)[start:stop])
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors as they lie in the file."""
         return sum(t.nbytes for t in self.tensors.values()) + sum(q.nbytes for q in self.quantized.values())
+
+
+def _decoded(qt: QuantizedTensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values of a matrix or of some of its rows; FormatError where dtype holds them as NaN or infinity."""
+    values = numerics.dequantize(qt).to(dtype)
+    numerics.refuse_bad_values(values, name)
+    return values

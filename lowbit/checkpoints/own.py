@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import numerics
 from ..errors import CheckpointError, FormatError, LowbitError, RecipeError, ShapeError
-from ..numerics import outliers, parts
+from ..numerics import parts
 from ..scheme import INT, RANGES, SCALE_DTYPES, Rounding, Scheme
 from ..tensor import QuantizedTensor
 from . import safetensors
@@ -144,7 +144,8 @@ def _open_weight(name: str, entry: object, schemes: list[Scheme], tensors: Mappi
     separable = numerics.has_rows(scheme, shape[1])
 
     def rows(start: int, stop: int) -> QuantizedTensor:
-        some = {part: lazy.load() if part in outliers.OF_CHANNELS or not lazy.shape or not separable else lazy.read(start, stop) for part, lazy in found.items()}
+        stop = min(stop, shape[0])
+        some = {part: lazy.load() if part in parts.OF_COLUMNS or not lazy.shape or not separable else lazy.read(start, stop) for part, lazy in found.items()}
         try:
             return parts.restore(some, scheme, (stop - start, shape[1]), str(dtype))
         except CheckpointError as error:

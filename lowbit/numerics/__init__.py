@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FormatError, RecipeError, ShapeError
 from ..scheme import CASTS, INT, SCALE_DTYPES, RangeSearch, Scheme
 from ..tensor import QuantizedTensor, matrix_shape
-from . import additive, cast, codebook, floating, ggml, hadamard, integer, lattice, outliers, ternary
+from . import additive, cast, codebook, floating, ggml, hadamard, integer, lattice, outliers, parts, ternary
 
 __all__ = ["FORMATS", "Format", "bits_per_weight", "check_shape", "dequantize", "has_rows", "nbytes", "quantize", "refuse_bad_values", "rows_of", "scheme_of"]
 
@@ -132,9 +132,9 @@ def has_rows(scheme: Scheme, columns: int) -> bool:
 
 
 def rows_of(qt: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Rows start to stop of a matrix that has_rows; views of its parts."""
-    parts = {name: value if name in outliers.OF_CHANNELS or value.ndim == 0 else value[start:stop] for name, value in qt.parts.items()}
-    return QuantizedTensor(qt.scheme, (stop - start, qt.shape[1]), qt.dtype, parts)
+    """Rows start to stop (at most to the last) of a matrix that has_rows; views of its parts."""
+    some = {name: value if name in parts.OF_COLUMNS or value.ndim == 0 else value[start:stop] for name, value in qt.parts.items()}
+    return QuantizedTensor(qt.scheme, (min(stop, qt.shape[0]) - start, qt.shape[1]), qt.dtype, some)
 
 
 def bits_per_weight(scheme: Scheme, shape: tuple[int, int]) -> float:

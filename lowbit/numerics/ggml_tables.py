@@ -193,7 +193,7 @@ def _search_iq4(X: Tensor, importance: Tensor | None) -> Tensor:
         W = square.add_(spread.unsqueeze(1)).double().sqrt_().float().mul_(importance)
     X, W = X.view(-1, _IQ4_GROUP), W.view(-1, _IQ4_GROUP)
     if (extension := native() if X.device.type == "cpu" else None) is not None:  # the same in C++
-        found = torch.empty(len(X))
+        found = torch.empty(len(X), device=X.device)
         extension.search_iq4(X.contiguous().numpy(), W.contiguous().numpy(), _iq4_values().numpy(), IQ4_VALUES[0], found.numpy(), threads())
         return found
     return _search_iq4_groups(X, W.t().contiguous())

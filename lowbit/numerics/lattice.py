@@ -129,8 +129,8 @@ def round_points(x: Tensor) -> tuple[Tensor, Tensor]:
     if extension is None:
         code = encode(x)
         return points()[code], code
-    x = x.contiguous()
-    value, code = torch.empty_like(x), torch.empty(len(x), dtype=torch.int64)
+    x = x.detach().float().contiguous()
+    value, code = torch.empty_like(x), torch.empty(len(x), dtype=torch.int64, device=x.device)
     extension.round_e8p(x.numpy(), *_arrays(), value.numpy(), code.numpy(), threads())
     return value, code
 
@@ -196,8 +196,8 @@ def encode_e81b(x: Tensor) -> Tensor:
     grid = e81b()
     extension = native() if x.device.type == "cpu" else None
     if extension is not None:
-        found = torch.empty(len(x), dtype=torch.int64)
-        extension.nearest(x.contiguous().numpy(), *_padded(grid.T, grid.square().sum(1) / 2), found.numpy(), threads())
+        found = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        extension.nearest(x.detach().float().contiguous().numpy(), *_padded(grid.T, grid.square().sum(1) / 2), found.numpy(), threads())
         return found
     return torch.cat([torch.addmm(grid.square().sum(1).neg(), part, grid.T, alpha=2).argmax(1) for part in x.split(CHUNK)]) if len(x) else x.new_zeros(0, dtype=torch.int64)
 

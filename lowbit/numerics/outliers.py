@@ -16,7 +16,7 @@ from ..scheme import Scheme
 from ..tensor import QuantizedTensor
 
 INDEX, WEIGHT, SCALE = "outlier_index", "outlier_weight", "outlier_scale"
-OF_CHANNELS = (INDEX, SCALE, "g_idx")  # parts of a matrix that have a number for each input channel, and no row for each output
+OF_CHANNELS = (INDEX, SCALE)  # parts that have no row for each output
 
 
 def choose(W: Tensor, count: int, importance: Tensor | None = None) -> Tensor:

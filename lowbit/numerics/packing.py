@@ -30,7 +30,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise FormatError(f"a code is {int(codes.max())}, which does not fit {bits} bits (at most {(1 << bits) - 1}).")
     rows, count = codes.shape
     if (extension := native() if codes.device.type == "cpu" and codes.numel() else None) is not None:
-        made = torch.empty(rows, words_per_row(count, bits), dtype=torch.int32)
+        made = torch.empty(rows, words_per_row(count, bits), dtype=torch.int32, device=codes.device)
         extension.pack_words(codes.contiguous().numpy(), bits, made.numpy(), False, threads())
         return made
     return _pack(codes, bits)
@@ -56,7 +56,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     if stored != words_per_row(count, bits):
         raise ShapeError(f"{count} codes of {bits} bits take {words_per_row(count, bits)} words a row; the tensor has {stored}.")
     if (extension := native() if words.device.type == "cpu" and words.dtype == torch.int32 and words.numel() else None) is not None:
-        made = torch.empty(rows, count, dtype=torch.uint8)
+        made = torch.empty(rows, count, dtype=torch.uint8, device=words.device)
         extension.pack_words(made.numpy(), bits, words.contiguous().numpy(), True, threads())
         return made
     return _unpack(words, bits, count)

@@ -20,6 +20,7 @@ from . import additive, codebook, floating, ggml, lattice, outliers, packing, te
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 INDICES = ("g_idx", outliers.INDEX)
+OF_COLUMNS = ("g_idx", *outliers.OF_CHANNELS)  # parts with a number for each input channel, and no row for each output
 SIGNS = ("row_signs", "column_signs")
 
 

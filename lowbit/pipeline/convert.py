@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from .output import as_stored_dense, checked, readable_errors, refuse_own_input,
 
 LEGACY = {"q4_0": (4, True), "q5_0": (5, True), "q8_0": (8, True), "q4_1": (4, False), "q5_1": (5, False)}  # ggml's blocks that are integers: bits, symmetric
 ALLOWED = 2.0**-10  # of a matrix's largest: a minimum rounded to float16
+WHOLE = 1 << 26  # weights of a dense matrix that is compared in one piece
 KEEP_BLOCKS = ("gguf", "lowbit", "safetensors")
 
 
@@ -196,7 +198,9 @@ def _both(before: LazyQuantized, made: Checkpoint, name: str, transposed: bool) 
     if name in made.quantized:
         yield from zip(before.values(), made.quantized[name].values(), strict=True)
         return
-    whole, start = made.dense(name).T if transposed else None, 0
+    whole, start = made.dense(name) if transposed or math.prod(before.shape) <= WHOLE else None, 0  # of a stack of experts, rows come with all of an expert each time
+    if whole is not None and transposed:
+        whole = whole.T
     for rows in before.values():
         stop = start + len(rows)
         after = made.tensors[name].read(start, stop) if whole is None else whole[start:stop]

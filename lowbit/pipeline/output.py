@@ -151,14 +151,24 @@ def checked(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
         return rows
 
     def load(name: str, entry: LazyQuantized) -> QuantizedTensor:
-        qt = entry.load()
-        if qt.scheme.format in BLOCK_TYPES:  # other readers look at their scales
+        if entry.scheme.format in BLOCK_TYPES:  # other readers look at their scales
+            for part in entry.values():
+                numerics.refuse_bad_values(part, name)
+        return entry.load()
+
+    def some(name: str, entry: LazyQuantized, start: int, stop: int) -> QuantizedTensor:
+        assert entry.rows is not None
+        qt = entry.rows(start, stop)
+        if qt.scheme.format in BLOCK_TYPES:
             numerics.refuse_bad_values(numerics.dequantize(qt), name)
         return qt
 
+    def guarded(name: str, entry: LazyQuantized) -> LazyQuantized:
+        return replace(entry, load=partial(load, name, entry), rows=None if entry.rows is None else partial(some, name, entry))
+
     wanted = set(names)
     tensors = {name: replace(lazy, read=partial(read, name, lazy)) if name in wanted and lazy.dtype.is_floating_point else lazy for name, lazy in checkpoint.tensors.items()}
-    quantized = {name: replace(entry, load=partial(load, name, entry)) if name in wanted else entry for name, entry in checkpoint.quantized.items()}
+    quantized = {name: guarded(name, entry) if name in wanted else entry for name, entry in checkpoint.quantized.items()}
     return replace(checkpoint, tensors=tensors, quantized=quantized)
 
 

@@ -35,6 +35,8 @@ from .setup import Refinement, Setup, check_resources, refuse_damaged, set_up
 
 log = logging.getLogger(__name__)
 
+HASHED_MATRICES, LONGEST_ROW = 8, 1 << 20  # of a fingerprint: dense matrices whose first row counts, and numbers of a row or vector at most
+
 
 @dataclass(frozen=True)
 class Result:
@@ -151,13 +153,14 @@ def windows_of(setup: Setup, tokenizer, *, as_llama_cpp: bool = False) -> Window
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of the config, of every tensor's name, shape and dtype, and of the first row of each dense one (vectors are read whole): what the model is, for the price of reading little."""
+    """A hash of the config, of every tensor's name, shape and dtype, of dense vectors, and of the first rows of a few dense matrices: what the model is, for the price of reading little."""
     entries: dict[str, LazyTensor | LazyQuantized] = {**checkpoint.tensors, **checkpoint.quantized}
     described = sorted((name, list(t.shape), str(t.dtype)) for name, t in entries.items())
     found = hashlib.sha256(json.dumps([described, checkpoint.config], sort_keys=True, default=str).encode())
-    for _, lazy in sorted(checkpoint.tensors.items()):
-        if lazy.numel:
-            found.update(lazy.read(0, 1 if len(lazy.shape) > 1 else max(1, lazy.numel)).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    dense = [lazy for _, lazy in sorted(checkpoint.tensors.items()) if lazy.numel]
+    vectors, matrices = ([lazy for lazy in dense if len(lazy.shape) == rank and lazy.shape[-1] <= LONGEST_ROW] for rank in (1, 2))
+    for lazy in (*vectors, *matrices[:HASHED_MATRICES]):
+        found.update(lazy.read(0, lazy.numel if len(lazy.shape) == 1 else 1).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 

@@ -199,14 +199,14 @@ def data_windows(located: Path, data: str, held_out: str | None, options: QatOpt
         else:
             texts = [default_text("calibration")] if data == "default" else read_texts(data, tokenizer)
         windows = packed(texts, tokenizer, length=options.seq_len, count=None, spread=False)
+        measured = None
         if held_out is not None:
             measured = packed([default_text("evaluation")] if held_out == "default" else read_texts(held_out, tokenizer), tokenizer, length=options.seq_len, count=HELD_OUT, spread=True)
-            if len(measured.ids) < HELD_OUT:
-                raise DataError(f"{held_out} holds {len(measured.ids)} windows of {options.seq_len} tokens to measure on; {HELD_OUT} are needed. Give more text, or a smaller --seq-len.")
-            windows = Windows(torch.cat([windows.ids, measured.ids]), None, windows.found + measured.found)
-    if len(windows.ids) < 2 * HELD_OUT:
-        raise DataError(f"the data holds {len(windows.ids)} windows of {options.seq_len} tokens; training needs at least {2 * HELD_OUT}. Give more text, or a smaller --seq-len.")
-    return windows
+    least = HELD_OUT if held_out is not None else 2 * HELD_OUT
+    for found, enough, what in ((windows, least, "the data holds"), (measured, HELD_OUT, f"{held_out}, which is measured on, holds")):
+        if found is not None and (count := len(found.ids) if found.ids.shape[1] == options.seq_len else 0) < enough:
+            raise DataError(f"{what} {count} windows of {options.seq_len} tokens; training needs at least {enough}. Give more text, or a smaller --seq-len.")
+    return windows if measured is None else Windows(torch.cat([windows.ids, measured.ids]), None, windows.found)
 
 
 def _end_to_end(located: Path, begun: Path, folder: Path, windows: Windows, options: QatOptions, seed: int, place: torch.device, compute: torch.dtype, more: dict, progress: Progress):

@@ -11,7 +11,7 @@ import lowbit
 from lowbit import numerics
 from lowbit.checkpoints import open_checkpoint, own
 from lowbit.checkpoints.checkpoint import Checkpoint, LazyQuantized
-from lowbit.errors import CheckpointError, ModelError
+from lowbit.errors import CheckpointError, FormatError, ModelError
 from lowbit.numerics import FORMATS, integer, parts
 from lowbit.pipeline.convert import convert
 from lowbit.pipeline.streaming import Batch
@@ -193,3 +193,21 @@ def test_zero_points_beyond_the_codes(tmp_path):
     tensors[f"{NAME.removesuffix('weight')}zero_point"][0, 0] = 16
     save_file(tensors, file, metadata={"format": "pt"})
     assert "a zero-point is 16; expected at most 15" in refused(folder)
+
+
+def test_values_that_the_dtype_does_not_hold_are_refused_by_rows_too(tmp_path):
+    """int8 with a scale of 1000 stands for float16 numbers beyond 65504."""
+    qt = numerics.quantize(weights(), Scheme(bits=8))
+    large = QuantizedTensor(qt.scheme, qt.shape, "float16", {**qt.parts, "scale": torch.full_like(qt.parts["scale"], 1000)})
+    opened = open_checkpoint(written(large, tmp_path))
+    for read in (lambda: opened.dense(NAME), lambda: opened.lazy(NAME).read(0, 5)):
+        with pytest.raises(FormatError, match="NaN or infinite"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4-asym-g64", "mxfp4", "q4_0"])
+def test_rows_past_the_end_are_left_out(tmp_path, name):
+    recipe = {"int4-asym-g64": Scheme(bits=4, block=(1, 64), symmetric=False)}
+    qt = numerics.quantize(weights(), recipe.get(name) or numerics.scheme_of(name))
+    lazy = open_checkpoint(written(qt, tmp_path)).lazy(NAME)
+    assert torch.equal(lazy.read(60, 100), lazy.load()[60:]) and lazy.read(60, 100).shape == (4, 256)

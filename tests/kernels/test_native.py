@@ -226,10 +226,13 @@ def test_encoding_is_that_of_torch(name, weighted):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["q4_k", "q6_k", "q4_0"])
+@pytest.mark.parametrize("name", ["q2_k", "q4_k", "q5_k", "q6_k", "q4_0"])
 def test_scales_that_float16_does_not_hold_are_refused(name):
     with pytest.raises(FormatError, match="too large for the float16"):
         ggml.encode(torch.randn(4, 256) * 1e8, name, importance=torch.ones(256))
+    if name not in ("q6_k", "q4_0"):  # the minimum alone does not fit
+        with pytest.raises(FormatError, match="too large for the float16"):
+            ggml.encode(torch.randn(2, 256) - 5e6, name)
     with pytest.raises(ValueError, match="out is"):
         kernels.native().encode(torch.randn(4, 256).numpy(), name, torch.ones(256).numpy(), torch.empty(4, 100, dtype=torch.uint8).numpy(), 1)
     with pytest.raises(ValueError, match="not made here"):
@@ -251,6 +254,16 @@ def test_other_searches_are_those_of_torch_bit_for_bit(isa):
     grid = lattice.e81b()
     kernels.native().nearest(x.numpy(), *lattice._padded(grid.T, grid.square().sum(1) / 2), codes.numpy(), 2, isa)
     assert torch.equal(codes, torch.addmm(grid.square().sum(1).neg(), x, grid.T, alpha=2).argmax(1))
+
+
+@needs_native
+def test_what_is_written_to_is_not_a_copy():
+    """An array of another dtype or order would be filled in a copy of it."""
+    x, codes = torch.randn(4, 8), torch.empty(4, dtype=torch.int32)
+    with pytest.raises(TypeError):
+        kernels.native().round_e8p(x.numpy(), *lattice._arrays(), torch.empty(4, 8).numpy(), codes.numpy(), 1)
+    for made in (x.double(), torch.nn.Parameter(x), torch.empty(8, 4).T.copy_(x)):
+        assert torch.equal(lattice.round_points(made)[1], lattice.encode(x))
 
 
 @needs_native

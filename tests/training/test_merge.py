@@ -414,7 +414,7 @@ def test_a_stopped_merge_goes_on(trained, sound, text_file, tmp_path, assert_sam
     with pytest.raises(KeyboardInterrupt):
         merge(base, adapter, tmp_path / "out", progress=Stopping(), **options)
     assert (tmp_path / "out.work" / "block-00000.json").exists() and not (tmp_path / "out").exists()
-    with pytest.raises(JobError, match="its merged differ"):
+    with pytest.raises(JobError, match="its model, merged differ"):
         merge(base, sound, tmp_path / "out", resume=True, **options)
     merge(base, adapter, tmp_path / "out", resume=True, **options)
     merge(base, adapter, tmp_path / "whole", **options)

@@ -64,8 +64,10 @@ def test_text_to_measure_on(model_folder, text_file, tmp_path):
     measured = qat_module.data_windows(folder, str(other), None, SMALL, 0, SILENT).ids
     assert all(bool((measured == row).all(1).any()) for row in with_other[-qat_module.HELD_OUT :])
     other.write_text("seven wizards")
-    with pytest.raises(DataError, match="windows of 64 tokens to measure on; 8 are needed"):
+    with pytest.raises(DataError, match="which is measured on, holds 0 windows of 64 tokens; training needs at least 8"):
         qat_module.data_windows(folder, str(text_file), str(other), SMALL, 0, SILENT)
+    with pytest.raises(DataError, match="the data holds 0 windows of 64 tokens"):
+        qat_module.data_windows(folder, str(other), str(text_file), SMALL, 0, SILENT)
 
 
 class Watch:
@@ -178,7 +180,8 @@ def test_options(changes, folder, text_file, tmp_path):
     assert result.curve[-1][0] == (8 if "minutes" not in changes else result.curve[-1][0]) and result.curve[-1][0] < 400
     if "scales" in changes:
         return
-    assert min(kl for _, kl in result.curve) < result.curve[0][1] or "minutes" in changes
+    most = (1.1 if "loss" in changes else 1) * result.curve[0][1]  # cross-entropy on this text leads a random model away from what it was
+    assert min(kl for _, kl in result.curve[1:]) < most or "minutes" in changes
     if "gradient_checkpointing" in changes or "micro" in changes:
         other = run(folder, tmp_path / "other", text_file, options=options(phases=("end",), steps=8))
         assert [kl for _, kl in result.curve] == pytest.approx([kl for _, kl in other.curve], rel=2e-2)
