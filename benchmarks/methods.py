@@ -1,10 +1,10 @@
 """One table of all methods on one model with the same data: bits per weight with all overhead, perplexity, KL divergence, seconds, peak memory.
 
-    python benchmarks/methods.py MODEL CALIBRATION EVALUATION [--only 4-bit] [--list] [--markdown]
+    python benchmarks/methods.py MODEL CALIBRATION EVALUATION [--only 4-bit] [--together 8] [--list] [--markdown]
 
-Each method runs in a process of its own; what it made is measured on the first 20 windows of 512 tokens of EVALUATION (second half scored, float32) and
-deleted. Rows are appended to benchmarks/results/methods.jsonl with the commit that made them; a row that is there is not made again (delete its line to
-have it anew), so a run that was stopped goes on. --markdown prints the table of docs/methods. MODEL should be off every grid (see docs/status.md).
+Each method runs in a process of its own; what it made is measured on the first 20 windows of 512 tokens of EVALUATION (second half scored, float32), eight
+results together (the original then runs once for all of them), and deleted. Rows are appended to benchmarks/results/methods.jsonl with the commit that made them; a row that is
+there is not made again (delete its line to have it anew), so a run that was stopped goes on. --markdown prints the table of docs/methods. MODEL should be off every grid (see docs/status.md).
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("evaluation")
     parser.add_argument("--only", help="a family, e.g. 4-bit")
     parser.add_argument("--without", default="", help="leave out rows whose recipe holds this word")
+    parser.add_argument("--together", type=int, default=8, help="results that are measured at once (about 110 MB of disk each)")
     parser.add_argument("--list", action="store_true", help="name what is still to be made, and stop")
     parser.add_argument("--markdown", action="store_true", help="print what is there as a table, and stop")
     a = parser.parse_args()
@@ -106,33 +107,42 @@ def main() -> None:
         print("\n".join(f"{family:9} {name:20} {recipe}" for family, name, recipe in todo))
         return
     RESULTS.parent.mkdir(exist_ok=True)
-    for family, name, recipe in todo:
+    for start in range(0, len(todo), a.together):
         with tempfile.TemporaryDirectory() as scratch:
-            row = {"family": family, "name": name, "recipe": recipe, "model": Path(a.model).name, **measured(a, recipe, f"{scratch}/out"), "machine": machine(), "commit": commit()}
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        loss = f"ppl {row['perplexity']:9.2f}  KL {row['kl']['value']:.4f}"
-        print(f"{family:9} {name:20} {row['bits_per_weight']:6.3f} bits  {loss}  {row['seconds']:6.1f} s  {row['peak_memory_bytes'] / 1e6:.0f} MB", flush=True)
+            some = todo[start : start + a.together]
+            made = [quantized(a, recipe, Path(scratch) / str(number)) for number, (_, _, recipe) in enumerate(some)]
+            started = time.perf_counter()
+            losses = measured(a, [str(Path(scratch) / str(number) / "out") for number in range(len(some))])
+            seconds = round((time.perf_counter() - started) / len(some), 1)
+        for (family, name, recipe), row, loss in zip(some, made, losses, strict=True):
+            row = {"family": family, "name": name, "recipe": recipe, "model": Path(a.model).name, **row, "measuring_seconds": seconds, **loss, "machine": machine(), "commit": commit()}
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            words = f"ppl {row['perplexity']:9.2f}  KL {row['kl']['value']:.4f}"
+            print(f"{family:9} {name:20} {row['bits_per_weight']:6.3f} bits  {words}  {row['seconds']:6.1f} s  {row['peak_memory_bytes'] / 1e6:.0f} MB", flush=True)
 
 
-def measured(a: argparse.Namespace, recipe: str, out: str) -> dict:
-    import lowbit
-
+def quantized(a: argparse.Namespace, recipe: str, folder: Path) -> dict:
+    """Quantize into folder/out, in a process of its own."""
+    folder.mkdir()
     started = time.perf_counter()
     if "\n" in recipe:
-        file = Path(out).with_name("recipe.toml")
-        file.write_text(recipe)
-        recipe = str(file)
-    made = subprocess.run([sys.executable, "-c", MAKE, a.model, recipe, out, a.calibration, str(SAMPLES), str(LENGTH)], capture_output=True, text=True)
+        (folder / "recipe.toml").write_text(recipe)
+        recipe = str(folder / "recipe.toml")
+    made = subprocess.run([sys.executable, "-c", MAKE, a.model, recipe, str(folder / "out"), a.calibration, str(SAMPLES), str(LENGTH)], capture_output=True, text=True)
     if made.returncode:
         raise SystemExit(made.stderr[-2000:])
-    whole = time.perf_counter() - started
-    table = lowbit.compare([out], against=a.model, text=a.evaluation, ctx=LENGTH, n_windows=WINDOWS, noise_floor=False)
-    summary = table.rows[1].summaries["llama.cpp"]
-    return {
-        **json.loads(made.stdout.splitlines()[-1]), "process_seconds": round(whole, 1), "perplexity": summary.perplexity.value,
-        "original_perplexity": table.rows[0].summaries["llama.cpp"].perplexity.value, "kl": vars(summary.kl_mean), "top1": summary.agreement.value,
-    }  # fmt: skip
+    return {**json.loads(made.stdout.splitlines()[-1]), "process_seconds": round(time.perf_counter() - started, 1)}
+
+
+def measured(a: argparse.Namespace, paths: list[str]) -> list[dict]:
+    """What each result lost."""
+    import lowbit
+
+    table = lowbit.compare(paths, against=a.model, text=a.evaluation, ctx=LENGTH, n_windows=WINDOWS, noise_floor=False)
+    original = table.rows[0].summaries["llama.cpp"].perplexity.value
+    found = [row.summaries["llama.cpp"] for row in table.rows[1:]]
+    return [{"perplexity": each.perplexity.value, "original_perplexity": original, "kl": vars(each.kl_mean), "top1": each.agreement.value} for each in found]
 
 
 def markdown(rows: list[dict]) -> str:
