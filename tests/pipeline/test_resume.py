@@ -196,7 +196,7 @@ def test_another_job_is_not_gone_on_with(options, different, dense, interrupted)
 
 def test_another_model_is_not_gone_on_with(dense, interrupted, save_model):
     other = save_model("llama", interrupted.parent / "m", seed=5)
-    with pytest.raises(JobError, match="its weights differ"):
+    with pytest.raises(JobError, match="its model, weights differ"):
         quantize(other, dense.recipe, interrupted, calibration=dense.text, n_samples=4, seq_len=32, dtype="float32", resume=True)
 
 

@@ -204,7 +204,8 @@ def test_norms_of_a_bfloat16_model_are_trained_as_the_file_holds_them(save_model
     watch = Watch(monkeypatch)
     result = run(folder, out, text_file, recipe, target_name=target, options=options(train="scales", phases=("end",), lr=3e-3, lr_scales=1e-3))
     made = open_checkpoint(out)
-    assert min(kl for _, kl in result.curve) == pytest.approx(held_out_kl(folder, [out], text_file)[0], rel=1e-4)
+    near = 1e-4 if target == "lowbit" else 3e-3  # a model that is built of a GGUF has its embedding in float16
+    assert min(kl for _, kl in result.curve) == pytest.approx(held_out_kl(folder, [out], text_file)[0], rel=near)
     assert made.provenance["recipe"]["algorithm"] == "gptq"
     norms = [name for name in watch.after if name.endswith("norm.weight")]
     stored = {name: watch.after[name].to(torch.bfloat16 if target == "lowbit" else torch.float32).float() for name in norms}
