@@ -262,6 +262,17 @@ def attention(a: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, one after the other in every round; a first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return {name: found[1:] for name, found in times.items()}
+
+
 def decode(a: argparse.Namespace) -> list[dict]:
     from lowbit.kernels import decode as packed
     from lowbit.numerics import parts
@@ -275,14 +286,8 @@ def decode(a: argparse.Namespace) -> list[dict]:
             "C++": lambda stored=stored, qt=qt: packed.decode(stored, qt.scheme, qt.shape, torch.bfloat16),
             "torch": lambda stored=stored, qt=qt: numerics.dequantize(parts.restore(stored, qt.scheme, qt.shape, "float32")).bfloat16(),
         }
-        times: dict[str, list[float]] = {}
-        for _ in range(a.rounds + 1):
-            for which, run in runs.items():
-                started = time.perf_counter()
-                run()
-                times.setdefault(which, []).append(time.perf_counter() - started)
-        for which, found in times.items():
-            rows.append({"kind": "decode", "name": which, "format": name, "ms": quantiles([1e3 * value for value in found[1:]])})
+        for which, found in in_turns(runs, a.rounds).items():
+            rows.append({"kind": "decode", "name": which, "format": name, "ms": quantiles([1e3 * value for value in found])})
             print(f"{name:20s} {which:6s} {rows[-1]['ms'][1]:8.2f} ms", flush=True)
     return rows
 
@@ -310,16 +315,11 @@ def encode(a: argparse.Namespace) -> list[dict]:
                 kind.type_id, W.data_ptr(), made.data_ptr(), size * k // count * size, size * (k + 1) // count - size * k // count, size, None if given is None else given.data_ptr()
             )
             runs: dict[str, Callable[[], object]] = {"lowbit": lambda name=name, given=given: ggml.encode(W, name, importance=given), "libggml": lambda part=part: list(pool.map(part, range(count)))}
-            times: dict[str, list[float]] = {}
-            for _ in range(a.rounds + 1):
-                for which, run in runs.items():
-                    started = time.perf_counter()
-                    run()
-                    times.setdefault(which, []).append(time.perf_counter() - started)
+            times = in_turns(runs, a.rounds)
             error = lambda blocks, name=name, given=given: float(((ggml.decode(blocks, name) - W).square() * (1 if given is None else given)).sum())
             ratio = error(ggml.encode(W, name, importance=given)) / error(made)
             for which, found in times.items():
-                rates = quantiles([size * size / value / 1e6 for value in found[1:]])
+                rates = quantiles([size * size / value / 1e6 for value in found])
                 rows.append({"kind": "encode", "name": which, "format": name, "weighted": weighted, "weights_per_us": rates, "error_of_libggml": round(ratio, 4)})
             ours, other = rows[-2]["weights_per_us"][1], rows[-1]["weights_per_us"][1]
             print(f"{name:12s} {'with' if weighted else 'no':4s} importance: {ours:7.1f} million weights/s, libggml {other:7.1f} ({ours / other:.2f} times), error {ratio:.4f} of its", flush=True)

@@ -11,7 +11,7 @@ import torch
 
 import lowbit
 from lowbit import numerics
-from lowbit.checkpoints import open_checkpoint
+from lowbit.checkpoints import Checkpoint, open_checkpoint
 from lowbit.errors import DataError, JobError, LowbitError, ModelError, RecipeError
 from lowbit.evaluation.summary import summarize
 from lowbit.pipeline.calibration import Windows
@@ -43,10 +43,15 @@ def plain_start(folder: Path, out: Path, text: Path) -> Path:
     return out
 
 
+def exact(checkpoint: Checkpoint) -> Checkpoint:
+    """Its matrices as their codes decode, in float32; a GGUF's are else rounded to the float16 that they stand for."""
+    return replace(checkpoint, quantized={name: replace(entry, dtype=torch.float32) for name, entry in checkpoint.quantized.items()})
+
+
 def held_out_kl(original: Path, paths: list[Path], text: Path) -> list[float]:
     """KL to the original on the held-out windows, by the machinery of lowbit.compare."""
     ids = qat_module.data_windows(original, str(text), None, SMALL, 0, SILENT).ids[-qat_module.HELD_OUT :]
-    models = [open_checkpoint(path) for path in (original, *paths)]
+    models = [exact(open_checkpoint(path)) for path in (original, *paths)]
     found = score_all(models, [torch.float32] * len(models), Windows(ids, None, ids.numel()), torch.device("cpu"), SILENT, kv=[None] * len(models))
     return [summarize(scores, "llama.cpp").kl_mean.value for scores in found[1:]]
 
@@ -173,15 +178,14 @@ def test_a_gguf_file_with_a_tied_embedding(model_folder, text_file, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
-    {"loss": 0.3}, {"scales": "minmax"}, {"scales": "fixed"}, {"gradient_checkpointing": True}, {"batch": 4, "micro": 2}, {"minutes": 0.001, "steps": None, "eval_every": 100},
+    {"loss": 0.02}, {"scales": "minmax"}, {"scales": "fixed"}, {"gradient_checkpointing": True}, {"batch": 4, "micro": 2}, {"minutes": 0.001, "steps": None, "eval_every": 100},
 ], ids=lambda changes: "-".join(changes))  # fmt: skip
 def test_options(changes, folder, text_file, tmp_path):
     result = run(folder, tmp_path / "out", text_file, options=options(**{"phases": ("end",), "steps": 8, **changes}))
     assert result.curve[-1][0] == (8 if "minutes" not in changes else result.curve[-1][0]) and result.curve[-1][0] < 400
     if "scales" in changes:
         return
-    most = (1.1 if "loss" in changes else 1) * result.curve[0][1]  # cross-entropy on this text leads a random model away from what it was
-    assert min(kl for _, kl in result.curve[1:]) < most or "minutes" in changes
+    assert min(kl for _, kl in result.curve) < result.curve[0][1] or "minutes" in changes
     if "gradient_checkpointing" in changes or "micro" in changes:
         other = run(folder, tmp_path / "other", text_file, options=options(phases=("end",), steps=8))
         assert [kl for _, kl in result.curve] == pytest.approx([kl for _, kl in other.curve], rel=2e-2)
@@ -204,8 +208,7 @@ def test_norms_of_a_bfloat16_model_are_trained_as_the_file_holds_them(save_model
     watch = Watch(monkeypatch)
     result = run(folder, out, text_file, recipe, target_name=target, options=options(train="scales", phases=("end",), lr=3e-3, lr_scales=1e-3))
     made = open_checkpoint(out)
-    near = 1e-4 if target == "lowbit" else 3e-3  # a model that is built of a GGUF has its embedding in float16
-    assert min(kl for _, kl in result.curve) == pytest.approx(held_out_kl(folder, [out], text_file)[0], rel=near)
+    assert min(kl for _, kl in result.curve) == pytest.approx(held_out_kl(folder, [out], text_file)[0], rel=1e-6)
     assert made.provenance["recipe"]["algorithm"] == "gptq"
     norms = [name for name in watch.after if name.endswith("norm.weight")]
     stored = {name: watch.after[name].to(torch.bfloat16 if target == "lowbit" else torch.float32).float() for name in norms}
